@@ -1,0 +1,1 @@
+"""Where arithmetic runs: the Device seam and the devices behind it."""

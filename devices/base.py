@@ -1,0 +1,144 @@
+"""The Device seam: what the engine asks of the place where arithmetic runs.
+
+A device keeps hot weights in its own layout, turns experts into rows of its own tables, and runs the two halves of a
+layer. It knows nothing of files, of residency, or of which experts were chosen and why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.quant.formats import Matrix
+from edgert.types import Floats, Ids, ModelConfig, Routes
+
+CHUNK = 256  # most tokens that one call takes
+Table = npt.NDArray[Any]  # (n_expert,) or (n_expert, ...) of a device's own kind; indexed by expert ids
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = matrix x + bias."""
+
+    matrix: Matrix
+    bias: Floats | None = None
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One feed-forward network: down(silu(gate x) * (up x)). gate, up: (d_ff, d_model); down: (d_model, d_ff)."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Hot weights of one layer."""
+
+    attention_norm: Floats  # (d_model,)
+    query: Linear  # (n_heads d_head, d_model)
+    key: Linear  # (n_kv_heads d_head, d_model)
+    value: Linear  # (n_kv_heads d_value, d_model)
+    output: Linear  # (d_model, n_heads d_value)
+    feed_forward_norm: Floats  # (d_model,)
+    query_norm: Floats | None = None
+    key_norm: Floats | None = None
+    router: Matrix | None = None  # (n_expert, d_model)
+    shared: ExpertWeights | None = None  # the shared expert, or a dense layer's network
+    shared_gate: Matrix | None = None  # (1, d_model)
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Some experts of a layer and the (token, expert) pairs that they serve.
+
+    experts: rows of the layer's table. Pairs first[e] to first[e + 1] belong to expert e; pair p takes token tokens[p]
+    and leaves its output in row slots[p] = token * top_k + k.
+    """
+
+    experts: Table
+    first: Ids
+    tokens: Ids
+    slots: Ids
+
+
+class Cache(Protocol):
+    """Keys and values of one sequence, for all layers."""
+
+    n_context: int
+    n_bytes: int
+
+
+class Device(Protocol):
+    """Where arithmetic runs. Shapes: x float32 (n_tokens, d_model), n_tokens <= CHUNK. One caller at a time."""
+
+    name: str
+
+    def add_layer(self, weights: LayerWeights) -> None:
+        """Take the hot weights of the next layer."""
+
+    def set_head(self, norm: Floats, output: Linear) -> None:
+        """Take the final norm (d_model,) and the output head (n_vocab, d_model)."""
+
+    def new_table(self, n_expert: int) -> Table:
+        """An empty table of one layer's experts."""
+
+    def pack_expert(self, weights: ExpertWeights) -> Any:
+        """An expert as a row for a table; the device keeps what the row points to."""
+
+    def new_cache(self, n_context: int, kv_type: str) -> Cache:
+        """A key/value cache for `n_context` positions, "f16" or "f32"."""
+
+    def begin(self, embeddings: Floats) -> None:
+        """Make `embeddings` the residual stream of a chunk."""
+
+    def attend(self, layer: int, cache: Any, start: int) -> Floats | None:
+        """Attention half of a layer for tokens at positions start, start + 1, ...: router scores, or None if dense."""
+
+    def experts(self, layer: int, group: ExpertGroup | None, *, with_shared: bool) -> None:
+        """Run a group of experts, and the shared expert along with them if asked to."""
+
+    def combine(self, layer: int, routes: Routes | None) -> None:
+        """Add the weighted expert outputs, in ascending expert id, and the shared one to the residual stream."""
+
+    def head(self, first_row: int = 0) -> Floats:
+        """Logits (rows, n_vocab) of the chunk's tokens from `first_row` on; valid until the next call."""
+
+    def residual(self) -> Floats:
+        """A copy of the residual stream (n_tokens, d_model)."""
+
+    def close(self) -> None:
+        """Give back threads and memory."""
+
+
+def rope_angles(config: ModelConfig, n_context: int, divisors: Floats | None) -> Floats:
+    """cos and sin, float32 (n_context, n_rotated / 2, 2), computed in float64.
+
+    divisors: (n_rotated / 2,) of the `rope_freqs` tensor, or None. YaRN as Peng et al. 2023 (arXiv 2309.00071), with
+    beta 32 and 1.
+    """
+    rope = config.rope
+    pairs = np.arange(rope.n_rotated // 2, dtype=np.float64)
+    frequency = rope.base ** (-2.0 * pairs / max(rope.n_rotated, 1))
+    if divisors is not None:
+        frequency = frequency / divisors.astype(np.float64)
+    magnitude = rope.magnitude
+    if rope.scaling == "linear":
+        frequency = frequency / rope.factor
+    elif rope.scaling == "yarn":
+
+        def turning(rotations: float) -> float:
+            wavelength = rope.original_context / (rotations * 2.0 * np.pi)
+            return float(rope.n_rotated * np.log(wavelength) / (2.0 * np.log(rope.base)))
+
+        low, high = max(0.0, np.floor(turning(32.0))), min(rope.n_rotated - 1.0, np.ceil(turning(1.0)))
+        ramp = 1.0 - np.clip((pairs - low) / max(0.001, high - low), 0.0, 1.0)
+        frequency = frequency / rope.factor * (1.0 - ramp) + frequency * ramp
+        magnitude *= 1.0 + 0.1 * np.log(rope.factor)
+    angles = np.arange(n_context, dtype=np.float64)[:, None] * frequency[None, :]
+    return np.stack((np.cos(angles) * magnitude, np.sin(angles) * magnitude), axis=2).astype(np.float32)

@@ -1,0 +1,22 @@
+"""granitemoe: Granite 3 MoE by IBM, with or without a shared expert; also edgert's embedded model."""
+
+from __future__ import annotations
+
+from edgert.architectures.keys import Keys
+from edgert.types import ModelConfig
+
+
+def config(keys: Keys) -> ModelConfig:
+    """Four multipliers: embedding, residual, attention, and a divisor of the logits."""
+    common = keys.common()
+    return ModelConfig(
+        **common,
+        rope=keys.rope("norm", common["d_head"]),
+        router=keys.router(normalise=True),
+        d_expert=keys.integer("feed_forward_length"),
+        d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0),
+        attention_scale=keys.positive("attention.scale", common["d_head"] ** -0.5),
+        embedding_scale=keys.positive("embedding_scale", 1.0),
+        residual_scale=keys.positive("residual_scale", 1.0),
+        logit_scale=1.0 / keys.positive("logit_scale"),
+    )

@@ -1,0 +1,20 @@
+"""qwen2moe: Qwen1.5-MoE and Qwen2-MoE."""
+
+from __future__ import annotations
+
+from edgert.architectures.keys import Keys
+from edgert.types import ModelConfig
+
+
+def config(keys: Keys) -> ModelConfig:
+    """q/k/v biases; a shared expert behind a sigmoid gate; expert weights not normalised."""
+    common = keys.common()
+    return ModelConfig(
+        **common,
+        rope=keys.rope("neox", common["d_head"]),
+        router=keys.router(normalise=False),
+        d_expert=keys.integer("expert_feed_forward_length"),
+        d_shared=keys.integer("expert_shared_feed_forward_length"),
+        shared_gate=True,
+        attention_scale=common["d_head"] ** -0.5,
+    )

@@ -1,0 +1,214 @@
+"""A model's chat template: a conversation in, the prompt out, as text or as token ids.
+
+Templates come with model files and are not trusted: they run in the metered sandbox. Nor are messages: what they say
+never becomes a control token. Files without a template get ChatML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+from jinja2 import Template, TemplateSyntaxError
+
+from edgert.errors import TemplateError
+from edgert.template_guard import ControlTextGuard
+from edgert.template_meter import METER, Meter, Protect, Refusal
+from edgert.template_sandbox import MAX_SOURCE, MeteredEnvironment
+from edgert.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_KEY = "tokenizer.chat_template"
+_SPECIAL = {"bos_token": "bos_id", "eos_token": "eos_id"}
+
+
+class ChatTemplate:
+    """A compiled template; safe to use from several threads. Make one with `ChatTemplate.from_metadata`.
+
+    source: of the template that is used without tools. is_default: the file has none, and ChatML stands in.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, *, tool_source: str | None = None,
+                 is_default: bool = False) -> None:
+        self.source, self.is_default = source, is_default
+        self._tokenizer = tokenizer
+        self._guard = ControlTextGuard(tokenizer.control_texts)
+        environment = MeteredEnvironment()
+        self._template = _compile(environment, source, _KEY)
+        self._tool_template = (self._template if tool_source is None
+                               else _compile(environment, tool_source, f"{_KEY}.tool_use"))
+        self._special_texts = {
+            name: tokenizer.token_text(id_) if (id_ := getattr(tokenizer, field)) is not None else ""
+            for name, field in _SPECIAL.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
+        """The template of a GGUF file, with the one for tools where it has one of its own.
+
+        Raises TemplateError, with the line, for a template that does not parse.
+        """
+        tool_source = _source(metadata, f"{_KEY}.tool_use")
+        source = _source(metadata, _KEY) or _source(metadata, f"{_KEY}.default") or tool_source
+        if source is None:
+            return cls(CHATML, tokenizer, is_default=True)
+        return cls(source, tokenizer, tool_source=tool_source)
+
+    @cached_property
+    def supports_system(self) -> bool:
+        """Whether a system message reaches the prompt."""
+        return self._shows("edgert-probe", [{"role": "system", "content": "edgert-probe"}])
+
+    @cached_property
+    def supports_tools(self) -> bool:
+        """Whether descriptions of tools reach the prompt."""
+        function = {"name": "edgert-probe", "description": "A probe.", "parameters": {
+            "type": "object", "properties": {"text": {"type": "string", "description": "A text."}}, "required": []}}
+        return self._shows("edgert-probe", [], tools=[{"type": "function", "function": function}])
+
+    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
+               add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt of a conversation as text.
+
+        messages: {"role": ..., "content": ...} and whatever the template reads besides. tools: JSON schemas of
+        functions. variables: further ones that the template knows, as enable_thinking=False. Raises TemplateError
+        if the template refuses the messages, fails, or takes too much.
+        """
+        inputs = {"messages": messages, "tools": tools, "variables": variables}
+        return self._render(_Inputs(inputs), add_generation_prompt)
+
+    def encode(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
+               add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """The prompt of a conversation as token ids, with one start token if the vocabulary asks for it.
+
+        Control tokens come from the template only: where a message, a tool or a variable spells one, it is text.
+        Arguments and errors as for `render`.
+        """
+        inputs = _Inputs({"messages": messages, "tools": tools, "variables": variables}, self._guard)
+        text = self._render(inputs, add_generation_prompt, self._guard.protect)
+        parts: list[str | int] = []
+        for part in self._tokenizer.partition(text, special=True):
+            if isinstance(part, int):
+                parts.append(part)
+            else:
+                parts += self._tokenizer.partition(self._guard.unmark(part), special=False)
+        ids = self._tokenizer.encode_parts(parts)
+        bos = self._tokenizer.bos_id
+        if self._tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        return ids
+
+    def _render(self, inputs: _Inputs, add_generation_prompt: bool, protect: Protect | None = None) -> str:
+        template = self._template if inputs.tools is None else self._tool_template
+        values = {"documents": None, **self._special_texts, **inputs.variables, "messages": inputs.messages,
+                  "tools": inputs.tools, "add_generation_prompt": add_generation_prompt}
+        meter = Meter(len(self.source) + inputs.size, protect)
+        before = METER.set(meter)
+        try:
+            pieces, length = [], 0
+            for piece in template.generate(values):
+                length += len(piece)
+                meter.check(length)
+                pieces.append(piece)
+            return "".join(pieces)
+        except Exception as error:   # a template can make Python raise nearly everything
+            raise self._failure(error) from error
+        finally:
+            METER.reset(before)
+
+    def _failure(self, error: Exception) -> TemplateError:
+        line = _line(error.__traceback__)
+        where = f"{_KEY}, line {line}" if line else _KEY
+        said = re.sub(r"\s+", " ", self._guard.unmark(str(error))).strip()[:500]
+        if isinstance(error, Refusal):
+            return TemplateError(f"{where}: the template refuses these messages: {said}")
+        if isinstance(error, RecursionError):
+            said = "it calls itself without end"
+        name = "" if type(error).__module__.startswith(("jinja2", "edgert")) else f"{type(error).__name__}: "
+        return TemplateError(f"{where}: the template failed: {name}{said}; check the messages, or give a prompt as"
+                             " text instead")
+
+    def _shows(self, word: str, messages: list[Message], **options: Any) -> bool:
+        try:
+            return word in self.render([*messages, {"role": "user", "content": "Hello"}], **options)
+        except TemplateError:
+            return False
+
+
+class _Inputs:
+    """Messages, tools and variables as plain new values, which is all that a template gets to see."""
+
+    def __init__(self, inputs: Mapping[str, Any], guard: ControlTextGuard | None = None) -> None:
+        same: Callable[[str], str] = str
+        self._text = guard.mark if guard else same
+        self._key = guard.mark_key if guard else same
+        role = guard.mark_role if guard else same
+        self.size = 0   # characters and nodes
+        self.messages = []
+        for number, message in enumerate(inputs["messages"]):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise TemplateError(f"message {number} is {str(message)[:60]!r}; it must be a dictionary with a 'role'"
+                                    " and, mostly, a 'content'")
+            self.messages.append({**self._plain(message, 0), "role": role(message["role"])})
+        self.tools = self._plain(inputs["tools"], 0)
+        self.variables = self._plain(inputs["variables"], 0)
+
+    def _plain(self, value: Any, depth: int) -> Any:
+        if depth > 100:
+            raise TemplateError("the messages or tools are nested more than 100 levels deep; make them flatter")
+        self.size += 1
+        if isinstance(value, str):
+            self.size += len(value)
+            return self._text(value)
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, int):
+            return int(value)
+        if isinstance(value, float):
+            return float(value)
+        if isinstance(value, Mapping):
+            return {self._key(str(key)): self._plain(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+            return [self._plain(inner, depth + 1) for inner in value]
+        raise TemplateError(f"the messages or tools hold a {type(value).__name__}; a template takes text, numbers,"
+                            " true, false, none, lists and dictionaries")
+
+
+def _source(metadata: Mapping[str, Any], key: str) -> str | None:
+    source = metadata.get(key)
+    if source is not None and not isinstance(source, str):
+        raise TemplateError(f"{key} is a {type(source).__name__}, not a text; convert the model again")
+    return source or None
+
+
+def _compile(environment: MeteredEnvironment, source: str, key: str) -> Template:
+    if len(source) > MAX_SOURCE:
+        raise TemplateError(f"{key} has {len(source):,} characters, at most {MAX_SOURCE:,} are taken; the file is"
+                            " corrupt or hostile: convert the model again")
+    try:
+        code = environment.compile(environment.parse_metered(source))
+        return Template.from_code(environment, code, environment.make_globals(None))
+    except TemplateSyntaxError as error:
+        raise TemplateError(f"{key}, line {error.lineno}: {error.message}; the template is broken: convert the model"
+                            " again") from error
+    except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
+        raise TemplateError(f"{key} cannot be compiled ({type(error).__name__}): it is nested too deeply; the file is"
+                            " corrupt or hostile: convert the model again") from error
+
+
+def _line(trace: TracebackType | None) -> int | None:
+    """The template's line in which an error arose; jinja2 puts frames of that name into its tracebacks."""
+    line = None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line

@@ -1,0 +1,86 @@
+"""The messages of a chat, and the file that keeps them. It knows nothing of models and terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from edgert.errors import OptionError
+
+FORMAT = "edgert chat 1"
+ROLES = ("system", "user", "assistant", "tool")
+LARGEST_FILE = 64 << 20  # bytes; a chat is text that once fitted a context
+
+Message = dict[str, str]
+
+
+class Conversation:
+    """Messages in order; a system message, if any, is the first."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    @property
+    def system(self) -> str | None:
+        """The system message's text."""
+        first = self.messages[0] if self.messages else None
+        return first["content"] if first is not None and first["role"] == "system" else None
+
+    def set_system(self, text: str | None) -> None:
+        """Replace the system message, or take it away with None; all else stays."""
+        rest = self.messages[self.system is not None :]
+        self.messages = [{"role": "system", "content": text}, *rest] if text else rest
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = self.messages[: self.system is not None]
+
+    def asking(self, text: str) -> list[Message]:
+        """The messages with a question at the end; the conversation itself is unchanged."""
+        return [*self.messages, {"role": "user", "content": text}]
+
+    def add(self, question: str, answer: str) -> None:
+        """A turn that took place."""
+        self.messages = [*self.asking(question), {"role": "assistant", "content": answer}]
+
+    def save(self, path: Path, model: str) -> None:
+        """Write the messages as JSON, aside, then renamed. OptionError where `path` is another thing."""
+        if path.exists():
+            read(path)  # only a saved chat is overwritten
+        document = {"format": FORMAT, "model": model, "messages": self.messages}
+        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            aside.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            aside.replace(path)
+        except OSError as problem:
+            aside.unlink(missing_ok=True)
+            message = f"{path} cannot be written ({problem.strerror}): name another file"
+            raise OptionError(message) from problem
+
+    def load(self, path: Path) -> None:
+        """Take the messages of a saved chat in place of these; OptionError if it is none."""
+        self.messages = read(path)
+
+
+def read(path: Path) -> list[Message]:
+    """The messages of a saved chat, or OptionError."""
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise OptionError(f"{path} is too large for a saved chat: name another file")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise OptionError(f"{path} cannot be read ({problem.strerror}): name a saved chat") from problem
+    except (ValueError, RecursionError) as problem:
+        raise OptionError(f"{path} is no saved chat: it is not JSON") from problem
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise OptionError(f'{path} is no saved chat: it has no "format": "{FORMAT}"')
+    messages = document.get("messages")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise OptionError(f"{path} is damaged: its messages are not pairs of role and content")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)

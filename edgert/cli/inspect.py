@@ -1,0 +1,94 @@
+"""`edgert inspect`: what a model file holds and what it needs, without loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from edgert.cli import output
+from edgert.cli.options import Chosen, Json, ModelName, command
+
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", help="The context that memory is counted for.", show_default=False),
+]
+
+# Which numbers are sizes in bytes: all in these sections but the counts among them, and these keys anywhere.
+_BYTE_SECTIONS = {"bytes", "tensor_types", "memory"}
+_BYTE_KEYS = {"bytes", "bytes_each", "working_set", "n_bytes"}
+_COUNTS = {"context", "threads"}
+
+
+@command(runtime=False)
+def inspect_model(model: ModelName = None, context: Context = None, json: Json = False, *, chosen: Chosen) -> None:
+    """Show a model's architecture, sizes, experts, tokenizer, template and memory."""
+    from edgert.model import describe
+
+    description = describe(model, context=context)
+    if json:
+        output.write_json(description)
+    else:
+        show(description)
+
+
+def show(description: Mapping[str, Any]) -> None:
+    """A nested description in two columns: plain values first, then a section for each mapping.
+
+    Lines are as long as they are: a pipe gets a value whole, whatever the width of a terminal.
+    """
+    table = list(rows(description))
+    width = max((len(name) for _, name, _ in table if name is not None), default=0) + 4
+    screen = output.console()
+    for section, name, value in table:
+        if name is None:
+            screen.print(f"\n{_words(section)}", style="bold")
+        else:
+            label = ("  " if section else "") + _words(name)
+            screen.print(f"{label:<{width}}{value}")
+
+
+def rows(description: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str]]:
+    """(section, name, value as text); name None opens a section, and "" is the model as a whole."""
+    for key, value in description.items():
+        if not isinstance(value, Mapping):
+            yield "", key, as_text(key, value, key in _BYTE_KEYS)
+    for section, values in description.items():
+        if isinstance(values, Mapping):
+            yield section, None, ""
+            yield from _section_rows(section, section, values)
+
+
+def _section_rows(
+    section: str, kind: str, values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """The rows of a section; a mapping within it goes on with its name before each."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _section_rows(section, key, value, f"{prefix}{key} ")
+        else:
+            in_bytes = key in _BYTE_KEYS or (kind in _BYTE_SECTIONS and key not in _COUNTS)
+            yield section, f"{prefix}{key}", as_text(key, value, in_bytes)
+
+
+def as_text(key: str, value: Any, in_bytes: bool) -> str:
+    """One value for a person: sizes in binary units, counts with separators."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        if in_bytes:
+            return output.binary_size(value)
+        return f"{value / 1e6:,.1f} million ({value:,})" if key == "parameters" else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, str):
+        return ", ".join(as_text(key, one, in_bytes) for one in value) or "none"
+    return output.harmless(str(value))
+
+
+def _words(key: str) -> str:
+    """A key as words: tensor_types is 'tensor types', Q4_0 stays."""
+    return output.harmless(key.replace("_", " ") if key.islower() else key)

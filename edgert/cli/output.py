@@ -1,0 +1,197 @@
+"""What every command shares on the way out: errors, progress, text from a model, sizes a person can read.
+
+A model's text goes to stdout as it is, never through rich; on a terminal its control characters are made
+harmless. Everything about the work itself (progress, notes, errors) goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+import edgert
+from edgert.errors import EdgertError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgert.generation import Completion, Stream
+    from edgert.model import Model
+
+PATIENCE_S = 1.0  # a prompt that takes longer than this to read is said to be read
+
+# ESC and its kin would let a model's text drive the terminal
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that takes nothing for markup; styles show on terminals only."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def harmless(text: str) -> str:
+    """`text` without characters that drive a terminal."""
+    return text.translate(_HARMLESS)
+
+
+def write(text: str) -> None:
+    """A model's text to stdout, at once."""
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def write_json(document: Any) -> None:
+    """One JSON document to stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no name for, as what it has."""
+    if hasattr(value, "tolist"):  # of numpy
+        return value.tolist()
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def note(text: str) -> None:
+    """A remark for the person, on stderr."""
+    console(stderr=True).print(text, style="dim")
+
+
+def error(message: object) -> None:
+    """One line `error: ...` on stderr."""
+    from rich.text import Text
+
+    line = harmless(" ".join(str(message).split()))
+    console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line))
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with errors turned into exit codes; it takes `debug`, which shows their traceback.
+
+    Our own errors and want of memory are 2, Ctrl-C is 130 and a closed pipe 141, as shells count signals.
+    """
+
+    @functools.wraps(command)
+    def run(*, debug: bool, **arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # the interpreter flushes stdout once more at its end: let that go nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+        except (EdgertError, MemoryError) as problem:
+            if debug:
+                traceback.print_exc()
+            error(str(problem) or "there is not enough memory: use a smaller --memory or --context")
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@contextlib.contextmanager
+def progress(first: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr, on terminals only: call it with (what is going on, fraction from 0 to 1)."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield lambda stage, fraction: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    stage_column = TextColumn("{task.description}", markup=False)
+    columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task(first, total=1.0)
+        yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction, refresh=True)
+
+
+@contextlib.contextmanager
+def open_model(name: str | None, runtime: Mapping[str, Any]) -> Iterator[Model]:
+    """The model by path or name (None: the embedded one), loaded with a progress bar, closed at the end."""
+    with progress("loading") as report:
+        model = edgert.load(name, progress=report, **runtime)
+    with model:
+        yield model
+
+
+class Waiting:
+    """Says on a terminal that the prompt is being read, if that takes long. stop() before the first text."""
+
+    def __init__(self) -> None:
+        screen = console(stderr=True)
+        self._status = screen.status("reading the prompt")
+        self._timer = threading.Timer(PATIENCE_S, self._show)
+        self._timer.daemon = True
+        self._lock = threading.Lock()
+        self._over = not screen.is_terminal
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._over:
+                self._status.start()
+
+    def __enter__(self) -> Waiting:
+        if not self._over:
+            self._timer.start()
+        return self
+
+    def stop(self) -> None:
+        """Take the line away, if it is there."""
+        with self._lock:
+            if not self._over:
+                self._over = True
+                self._timer.cancel()
+                self._status.stop()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def read_out(stream: Stream, *, silent: bool = False) -> Completion:
+    """Read a stream to its end, writing each piece at once unless `silent`; the whole answer."""
+    with stream, Waiting() as waiting:
+        for piece in stream:
+            waiting.stop()
+            if not silent:
+                write(piece.text)
+    return stream.completion
+
+
+def note_full_context(completion: Completion, model: Model) -> None:
+    """Say that an answer broke off because the context is full, if it did, and how to go on."""
+    if completion.finish_reason == "context":
+        note(f"the context of {model.n_context:,} tokens is full: start again with a larger --context")
+
+
+def as_json(completion: Completion, model: Model, before: str = "") -> dict[str, Any]:
+    """What --json prints for an answer; `before` is text that goes before the answer's."""
+    return {
+        "model": model.name,
+        "text": before + completion.text,
+        "finish_reason": completion.finish_reason,
+        "stop": completion.stop,
+        "usage": {**asdict(completion.usage), "tokens_per_s": completion.usage.tokens_per_s},
+    }
+
+
+def binary_size(n_bytes: float) -> str:
+    """Bytes in the largest binary unit that leaves one or more: 129337952 is '123.3 MiB'."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:,.0f} bytes" if unit == "bytes" else f"{n_bytes:,.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:,.2f} GiB"

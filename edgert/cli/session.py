@@ -1,0 +1,186 @@
+"""A conversation on a terminal: read a message or a command, show the answer, say what it took.
+
+Ctrl-C stops an answer and keeps what was said; an error ends the turn, never the conversation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from edgert.cli import output
+from edgert.cli.conversation import Conversation
+from edgert.cli.terminal import Terminal
+from edgert.errors import ContextLengthError, EdgertError
+from edgert.generation import Completion, Stream, Usage
+from edgert.sampling import Sampling
+
+if TYPE_CHECKING:
+    from edgert.model import Model
+
+
+class Session:
+    """One person, one model, one conversation."""
+
+    def __init__(self, model: Model, conversation: Conversation, sampling: Sampling, ending: Mapping[str, Any]) -> None:
+        self._model = model
+        self._conversation = conversation
+        self._sampling = sampling
+        self._ending = ending
+        self._last: Usage | None = None
+        self._turns = 0
+        self._generated = 0
+        self._leaving = False
+
+    def run(self) -> None:
+        """Until the person leaves."""
+        terminal = Terminal()
+        output.note(f"{self._model.name}, context {self._model.n_context:,}; /help for help, Ctrl-D leaves")
+        while not self._leaving:
+            try:
+                text = terminal.read()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                output.note("Ctrl-D or /exit leaves")
+                continue
+            try:
+                self.take(text)
+            except EdgertError as problem:
+                output.error(problem)
+
+    def take(self, text: str) -> None:
+        """One message, or a command: a line that begins with /."""
+        if text.startswith("/"):
+            name, _, argument = text.strip().partition(" ")
+            if name in _COMMANDS:
+                _COMMANDS[name][2](self, argument.strip())
+            else:
+                output.note(f"there is no command {name}: /help lists them; a space first makes it a message")
+        elif text.strip():
+            self.answer(text.strip())
+
+    def answer(self, text: str) -> None:
+        """Ask the model and show its answer; what was said is kept, also when it was stopped."""
+        messages = self._conversation.asking(text)
+        try:
+            stream = self._model.chat(messages, stream=True, sampling=self._sampling, **self._ending)
+        except ContextLengthError as problem:
+            output.error(problem)
+            return self._say_how_to_go_on()
+        with _stopped_by_ctrl_c(stream):
+            completion = output.read_out(stream)
+        output.write("\n")
+        self._last = completion.usage
+        self._turns += 1
+        self._generated += completion.usage.generated_tokens
+        if completion.text or completion.finish_reason != "cancelled":
+            self._conversation.add(text, completion.text)
+        output.note(status_line(completion, self._model.n_context))
+        if completion.finish_reason == "context":
+            self._say_how_to_go_on()
+
+    def _say_how_to_go_on(self) -> None:
+        full = f"the context of {self._model.n_context:,} tokens is full"
+        output.note(f"{full}: /reset begins anew, or start edgert with a larger --context")
+
+    def _help(self, _: str) -> None:
+        for name, (argument, text, _command) in _COMMANDS.items():
+            output.note(f"{name + ' ' + argument:<13} {text}")
+        output.note('Enter sends. For several lines: Alt-Enter, a trailing \\, or """ around the text')
+        output.note("Ctrl-C stops an answer, Ctrl-D leaves, the arrow keys bring back what was typed")
+
+    def _reset(self, _: str) -> None:
+        self._conversation.reset()
+        output.note("a new conversation" + (", same system message" if self._conversation.system else ""))
+
+    def _stats(self, _: str) -> None:
+        if self._last is None:
+            return output.note("no answer yet")
+        output.note(f"{self._turns} answers, {self._generated:,} tokens")
+        for line in stats(self._last):
+            output.note(line)
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._conversation.set_system(text)
+            output.note("system message set; the next answer reads the whole conversation again")
+        else:
+            output.note(f"system message: {self._conversation.system or 'none'}")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            return output.note("/save needs a file name")
+        self._conversation.save(Path(name).expanduser(), self._model.name)
+        output.note(f"{len(self._conversation.messages)} messages saved to {name}")
+
+    def _load(self, name: str) -> None:
+        if not name:
+            return output.note("/load needs a file name")
+        self._conversation.load(Path(name).expanduser())
+        output.note(f"{len(self._conversation.messages)} messages loaded; the chat goes on from there")
+
+    def _exit(self, _: str) -> None:
+        self._leaving = True
+
+
+# name: (argument, help, what it does)
+_COMMANDS: dict[str, tuple[str, str, Callable[[Session, str], None]]] = {
+    "/help": ("", "this list", Session._help),
+    "/reset": ("", "forget the conversation, keep the system message", Session._reset),
+    "/stats": ("", "what the last answer took", Session._stats),
+    "/system": ("TEXT", "set the system message; without TEXT, show it", Session._system),
+    "/save": ("FILE", "keep the conversation in a file", Session._save),
+    "/load": ("FILE", "go on with a kept conversation", Session._load),
+    "/exit": ("", "leave, as /quit and Ctrl-D do", Session._exit),
+    "/quit": ("", "leave", Session._exit),
+}
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c(stream: Stream) -> Iterator[None]:
+    """Ctrl-C cancels the stream between two tokens; a second one interrupts whatever hangs."""
+    presses = 0
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal presses
+        presses += 1
+        stream.cancel()
+        if presses > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def status_line(completion: Completion, n_context: int) -> str:
+    """What an answer took, in one line."""
+    usage = completion.usage
+    new, used = usage.prompt_tokens - usage.cached_tokens, usage.prompt_tokens + usage.generated_tokens
+    speed = f"{usage.tokens_per_s:.1f} tok/s, first after {usage.ttft_s:.2f} s"
+    parts = [
+        f"{usage.generated_tokens:,} tokens, {speed}",
+        f"prompt {new:,} new + {usage.cached_tokens:,} reused",
+        f"context {used:,} of {n_context:,}",
+    ]
+    ended = {"cancelled": "stopped", "length": "cut at --max-tokens"}.get(completion.finish_reason or "")
+    return "[" + "; ".join([ended, *parts] if ended else parts) + "]"
+
+
+def stats(usage: Usage) -> Iterator[str]:
+    """What an answer took, in lines."""
+    yield f"prompt: {usage.prompt_tokens:,} tokens, {usage.cached_tokens:,} of them reused"
+    times = f"first after {usage.ttft_s:.2f} s, then {usage.tpot_s * 1e3:.1f} ms each"
+    yield f"answer: {usage.generated_tokens:,} tokens, {times}"
+    experts = usage.expert_hits + usage.expert_misses
+    if experts:
+        share = usage.expert_hits / experts
+        yield f"experts: {usage.expert_hits:,} of {experts:,} were in memory ({share:.1%})"
+    yield f"read from storage: {output.binary_size(usage.bytes_read)}"

@@ -1,0 +1,327 @@
+"""Token ids in, pieces of text out, a whole answer at the end.
+
+A Stream takes an iterator of tokens from whoever makes them, ends it at a stop token, a stop string, a limit
+or a cancel, and turns ids into whole characters. It counts, times, and releases what it holds exactly once.
+It knows nothing of models, samplers or caches.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.errors import OptionError
+from edgert.sampling import log_softmax, top_logprobs
+
+FinishReason = Literal["stop", "length", "context", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A chosen token's natural log-probability, and the likeliest (id, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, logits: NDArray[np.float32], token_id: int, n_top: int) -> TokenLogprob:
+        """That of `token_id` in the unmodified distribution of logits (n_vocab,)."""
+        return cls(token_id, float(log_softmax(logits)[token_id]), tuple(top_logprobs(logits, n_top)))
+
+
+TokenEvent = tuple[int, TokenLogprob | None]  # what the maker of tokens yields
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text, never half a character, and the tokens that begin in it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None  # as long as token_ids; None if not asked for
+
+
+@dataclass(slots=True)
+class Usage:
+    """What an answer took. The maker of tokens fills prompt, cache, expert and byte counts as it goes."""
+
+    prompt_tokens: int = 0  # all of the prompt
+    cached_tokens: int = 0  # of these, taken from the cache and not computed again
+    generated_tokens: int = 0  # made by the model, a stop token included
+    ttft_s: float = 0.0  # from the request to the first token
+    tpot_s: float = 0.0  # mean of the tokens after the first, without the time the reader took
+    expert_hits: int = 0
+    expert_misses: int = 0
+    bytes_read: int = 0  # from storage
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second after the first one; 0 before there are two."""
+        return 1 / self.tpot_s if self.tpot_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer, whole or so far."""
+
+    text: str
+    token_ids: tuple[int, ...]  # without a stop token and what a stop string cut off
+    finish_reason: FinishReason | None  # None: not finished, or ended by an error
+    stop: str | None  # the stop string that was met
+    logprobs: tuple[TokenLogprob, ...] | None  # as long as token_ids; None if not asked for
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When an answer ends. OptionError for an empty stop string or a limit below one token."""
+
+    stop_ids: Collection[int] = frozenset()
+    stop: Collection[str] = ()  # one string stands for itself
+    max_tokens: int | None = None  # None: until the context is full
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise OptionError(f"stop={text!r} is not allowed: give strings of one character or more")
+        object.__setattr__(self, "stop", stop)
+        limit = self.max_tokens
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise OptionError(f"max_tokens={limit!r} is not allowed: give a whole number from 1 up")
+
+
+class Detokenizer(Protocol):
+    """Turns ids into text that never ends within a character."""
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, perhaps none."""
+
+    def flush(self) -> str:
+        """What is left, broken characters replaced."""
+
+
+class StopCutter:
+    """Lets text through until it contains a stop string; holds back what may be the beginning of one.
+
+    Of several, the one that is complete first counts, so that the cut does not depend on token borders.
+    """
+
+    def __init__(self, stop: Collection[str]) -> None:
+        self.met: str | None = None
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that is free to go now that `text` is there; nothing after a stop string."""
+        if self.met is not None:
+            return ""
+        text = self._held + text
+        found = [(place + len(s), place, s) for s in self._stop if (place := text.find(s)) >= 0]
+        if found:
+            _, place, self.met = min(found)
+            self._held = ""
+            return text[:place]
+        n_free = len(text) - max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[n_free:]
+        return text[:n_free]
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`, at most all but one."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(slots=True)
+class _Said:
+    """What has been given to the reader, and the tokens whose text is not out yet, with its place."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    waiting: deque[tuple[int, TokenEvent]] = field(default_factory=deque)
+    n_received: int = 0  # characters out of the detokenizer
+    n_given: int = 0  # characters in pieces
+
+    def piece(self, text: str, all_tokens: bool) -> Piece | None:
+        """Give out `text` with the tokens that begin in it, or with all; None for neither text nor token."""
+        self.n_given += len(text)
+        events = []
+        while self.waiting and (all_tokens or self.waiting[0][0] < self.n_given):
+            events.append(self.waiting.popleft()[1])
+        if not text and not events:
+            return None
+        ids = tuple(token_id for token_id, _ in events)
+        logprobs = tuple(logprob for _, logprob in events if logprob is not None)
+        self.texts.append(text)
+        self.token_ids += ids
+        self.logprobs += logprobs
+        return Piece(text, ids, logprobs if len(logprobs) == len(ids) and logprobs else None)
+
+
+class Stream(Iterator[Piece]):
+    """One answer as it is made: an iterator of pieces, and the completion so far.
+
+    `tokens` yields (id, log-probability or None); when it ends by itself the context is full. Nothing is
+    computed until the first piece is asked for, so what must be given back even if nobody reads belongs to
+    `on_close`, not to the generator's `finally`. One thread reads; any thread may call cancel() and close().
+    """
+
+    def __init__(
+        self,
+        tokens: Generator[TokenEvent, None, None],
+        detokenizer: Detokenizer,
+        rules: StopRules,
+        *,
+        usage: Usage | None = None,  # shared with `tokens`, which fills its part
+        cancelled: threading.Event | None = None,  # shared with `tokens`, to look at in a long prefill
+        on_close: Callable[[], None] | None = None,  # called once, after `tokens` is closed, in any thread
+        started: float | None = None,  # time.perf_counter() of the request; None is now
+    ) -> None:
+        self.usage = usage if usage is not None else Usage()
+        self.finish_reason: FinishReason | None = None
+        self._tokens = tokens
+        self._detokenizer = detokenizer
+        self._rules = rules
+        self._cutter = StopCutter(rules.stop)
+        self._cancelled = cancelled or threading.Event()
+        self._on_close = on_close
+        self._started = time.perf_counter() if started is None else started
+        self._decode_s = 0.0
+        self._said = _Said()
+        self._stepping = threading.Lock()
+        self._closing = False
+        self._released = False
+
+    def __next__(self) -> Piece:
+        with self._stepping:
+            try:
+                piece = self._next_piece()
+            except BaseException:
+                self._release()
+                raise
+        if self._closing:
+            self.close()
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def _next_piece(self) -> Piece | None:
+        """Advance until there is something to give out; None at the end."""
+        while not self._released:
+            text = self._advance()
+            ended = self.finish_reason is not None
+            piece = self._said.piece(text, all_tokens=ended and self._cutter.met is None)
+            if ended:
+                self._release()
+            if piece is not None:
+                return piece
+        return None
+
+    def _advance(self) -> str:
+        """Take one token; the text that it sets free. Sets finish_reason where the answer ends."""
+        before = time.perf_counter()
+        event = None if self._cancelled.is_set() else next(self._tokens, None)
+        if event is None:
+            return self._end("cancelled" if self._cancelled.is_set() else "context")
+        self._count(before)
+        if event[0] in self._rules.stop_ids:
+            return self._end("stop")
+        said = self._said
+        said.waiting.append((said.n_received, event))
+        received = self._detokenizer.push(event[0])
+        said.n_received += len(received)
+        text = self._cutter.push(received)
+        if self._cutter.met is not None:
+            self.finish_reason = "stop"
+        elif self.usage.generated_tokens == self._rules.max_tokens:
+            return text + self._end("length")
+        return text
+
+    def _end(self, reason: FinishReason) -> str:
+        """Set the finish reason; the last text, of what was held back."""
+        text = self._cutter.push(self._detokenizer.flush()) + self._cutter.flush()
+        self.finish_reason = reason if self._cutter.met is None else "stop"
+        return text
+
+    def _count(self, before: float) -> None:
+        """One more token, which was asked for at `before`."""
+        now, usage = time.perf_counter(), self.usage
+        usage.generated_tokens += 1
+        if usage.generated_tokens == 1:
+            usage.ttft_s = now - self._started
+        else:
+            self._decode_s += now - before
+            usage.tpot_s = self._decode_s / (usage.generated_tokens - 1)
+
+    def _release(self) -> None:
+        """Close the maker of tokens and give back what it held, once."""
+        if not self._released:
+            self._released = True
+            try:
+                self._tokens.close()
+            finally:
+                if self._on_close is not None:
+                    self._on_close()
+
+    def cancel(self) -> None:
+        """End the answer at the next token, from any thread; the reader still gets what was held back."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Stop now and release the model; harmless when repeated. Text that was held back is dropped.
+
+        While another thread is within a token, that thread does it as soon as the token is there.
+        """
+        self._closing = True
+        self._cancelled.set()
+        if self._stepping.acquire(blocking=False):
+            try:
+                if not self._released:
+                    self.finish_reason = "cancelled"
+                    self._release()
+            finally:
+                self._stepping.release()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_released"):  # else the constructor failed
+            self.close()
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far: exactly the pieces that were given out."""
+        said = self._said
+        return Completion(
+            text="".join(said.texts),
+            token_ids=tuple(said.token_ids),
+            finish_reason=self.finish_reason,
+            stop=self._cutter.met,
+            logprobs=tuple(said.logprobs) if said.logprobs else None,
+            usage=self.usage,
+        )
+
+    def finish(self) -> Completion:
+        """Read to the end and return the whole answer."""
+        for _ in self:
+            pass
+        return self.completion

@@ -1,0 +1,239 @@
+"""From a path or name to the parts of a model that runs: file, configuration, plan, device, weights, tokenizer."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgert.architectures import read_config
+from edgert.chat_template import ChatTemplate
+from edgert.engine import Engine, Session
+from edgert.errors import ModelFileError, OptionError
+from edgert.experts.residency import AllResident
+from edgert.memory import PROCESS_BYTES, MemoryPlan, parse_size
+from edgert.quant import jit
+from edgert.sampling import Sampling
+from edgert.storage.gguf_file import GgufFile
+from edgert.tokenizer import Tokenizer
+from edgert.types import ModelConfig
+from edgert.weights import Progress, Weights
+
+EMBEDDED = "smollm2-moe"
+DEFAULT_CONTEXT = 4096
+_CHAT = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05)
+_GGUF_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+    "penalty_last_n": "repetition_window",
+}
+
+
+@dataclass
+class Parts:
+    """What a Model is made of."""
+
+    name: str
+    path: Path
+    file: GgufFile
+    engine: Engine
+    session: Session
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    defaults: Sampling
+
+    def close(self) -> None:
+        """Give back threads, memory and the file."""
+        self.engine.device.close()
+        self.file.close()
+
+
+def resolve(path_or_name: str | Path | None) -> Path:
+    """The file of a model: None or "smollm2-moe" is the embedded one."""
+    if path_or_name is None or (str(path_or_name) == EMBEDDED and not os.path.exists(EMBEDDED)):
+        path = Path(str(importlib.resources.files("edgert.demo") / "smollm2-moe-q4_0.gguf"))
+        if not path.exists():
+            raise ModelFileError(f"{path}: the embedded model is missing from this installation; install edgert again")
+        return path
+    return Path(path_or_name)
+
+
+def load_parts(
+    path_or_name: str | Path | None,
+    *,
+    memory: str | int | None,
+    context: int | None,
+    threads: int | None,
+    device: str,
+    kv_type: str,
+    activations: str,
+    progress: Progress,
+) -> Parts:
+    """Everything that a Model needs, loaded; see edgert.load."""
+    path = resolve(path_or_name)
+    limit = None if memory is None else parse_size(memory)
+    progress("reading the header", 0.0)
+    file = GgufFile.open(path)
+    try:
+        config = read_config(file.metadata, str(path))
+        n_context = _context(context, config)
+        weights = Weights(file, config, decode_to_f32=activations == "f32")
+        plan(weights, n_context, kv_type).require(limit, path.name)
+        progress("building the tokenizer", 0.0)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+        made = _device(device)(
+            config, n_context, threads=threads, activations=activations, rope_divisors=weights.rope_divisors()
+        )
+        tables = weights.load_into(made, progress)
+        engine = Engine(config, made, AllResident(tables), weights.embed)
+        session = Session(made.new_cache(n_context, kv_type))
+        _warm_up(engine, session, progress)
+    except BaseException:
+        file.close()
+        raise
+    return Parts(_name(file), path, file, engine, session, tokenizer, template, _defaults(file.metadata, path_or_name))
+
+
+def _context(context: int | None, config: ModelConfig) -> int:
+    """Positions to allocate."""
+    if context is None:
+        return min(config.n_context, DEFAULT_CONTEXT)
+    if not 1 <= context <= config.n_context:
+        raise OptionError(f"context={context} must lie between 1 and {config.n_context}, which this model was made for")
+    return context
+
+
+def _device(name: str) -> Any:
+    """The class of a device by name."""
+    if name == "auto":
+        name = "cpu" if jit.JIT_ENABLED else "reference"
+    if name == "cpu" and jit.JIT_ENABLED:
+        from edgert.devices.cpu import CpuDevice
+
+        return CpuDevice
+    if name == "reference":
+        from edgert.devices.reference import ReferenceDevice
+
+        return ReferenceDevice
+    raise OptionError(f"device={name!r} is not known here; use auto, cpu (with numba's JIT enabled) or reference")
+
+
+def _warm_up(engine: Engine, session: Session, progress: Progress) -> None:
+    """Run one token, so that compilation happens here, with a word about it, and not before the first answer."""
+    if jit.JIT_ENABLED:
+        from edgert.devices import attention
+
+        if not jit.is_compiled(attention.attend):
+            progress("compiling kernels for this machine (once, about 15 s)", 0.99)
+    engine.step([0], session)
+    engine.last_logits(1)
+    session.tokens.clear()
+    progress("ready", 1.0)
+
+
+def _name(file: GgufFile) -> str:
+    name = file.metadata.get("general.name")
+    return name if isinstance(name, str) and name else file.path.stem
+
+
+def _defaults(metadata: Any, path_or_name: str | Path | None) -> Sampling:
+    """Sampling of chats: what the file recommends, over edgert's own."""
+    if path_or_name is None or str(path_or_name) == EMBEDDED:
+        return Sampling(temperature=0.7, repetition_penalty=1.1)
+    found = {
+        ours: metadata[f"general.sampling.{theirs}"]
+        for theirs, ours in _GGUF_SAMPLING.items()
+        if f"general.sampling.{theirs}" in metadata
+    }
+    return _CHAT.changed(**found)
+
+
+def plan(weights: Weights, n_context: int, kv_type: str) -> MemoryPlan:
+    """What loading and running will take."""
+    from edgert.devices.base import CHUNK
+
+    config, tensors = weights.config, weights.file.tensors
+    in_ram = [name for name in tensors if not weights.is_on_file(name)]
+    cold = sum(weights.bytes_of(name) for name in in_ram if weights.is_cold(name))
+    largest = max(int(np.prod(tensors[name].shape)) for name in in_ram if not weights.is_cold(name))
+    per_position = config.n_layers * config.n_kv_heads * (config.d_head + config.d_value)
+    top_k = config.router.top_k if config.router else 0
+    row = 8 * config.d_model + (top_k + 1) * (4 * config.d_model) + 6 * (top_k * config.d_expert + config.d_shared)
+    row += 10 * config.n_heads * (config.d_head + config.d_value)
+    return MemoryPlan(
+        process=PROCESS_BYTES,
+        hot=sum(weights.bytes_of(name) for name in in_ram if not weights.is_cold(name)),
+        cold=cold,
+        kv=(2 if kv_type == "f16" else 4) * per_position * n_context,
+        work=CHUNK * row + 32 * 4 * config.n_vocab + 4 * config.rope.n_rotated * n_context,
+        loading=4 * largest,
+        context=n_context,
+        kv_type=kv_type,
+    )
+
+
+def describe(
+    path_or_name: str | Path | None = None, *, context: int | None = None, kv_type: str = "f16"
+) -> dict[str, Any]:
+    """What `edgert inspect` prints, without reading the weights."""
+    path = resolve(path_or_name)
+    with GgufFile.open(path) as file:
+        config = read_config(file.metadata, str(path))
+        weights = Weights(file, config)
+        n_context = _context(context, config)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+        memory = plan(weights, n_context, kv_type)
+        types: Counter[str] = Counter()
+        for info in file.tensors.values():
+            types[info.type.name] += info.n_bytes
+        parameters = sum(int(np.prod(info.shape)) for info in file.tensors.values())
+        cold = sum(info.n_bytes for name, info in file.tensors.items() if weights.is_cold(name))
+        total = sum(info.n_bytes for info in file.tensors.values())
+        return {
+            "path": str(path),
+            "name": _name(file),
+            "architecture": config.architecture,
+            "parameters": parameters,
+            "bpw": 8 * total / parameters,
+            "bytes": {"total": file.n_bytes, "hot": total - cold, "cold": cold},
+            "tensor_types": dict(types.most_common()),
+            "layers": config.n_layers,
+            "embedding_length": config.d_model,
+            "context_length": config.n_context,
+            "experts": _experts(config, cold),
+            "vocabulary": {"model": tokenizer.model, "pre": tokenizer.pre, "size": config.n_vocab},
+            "tokenizer": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "stop": sorted(tokenizer.stop_ids)},
+            "template": {
+                "source": "ChatML default" if template.is_default else "model",
+                "supports_system": template.supports_system,
+                "supports_tools": template.supports_tools,
+            },
+            "memory": {
+                part: getattr(memory, part)
+                for part in ("hot", "cold", "kv", "work", "loading", "process", "total", "context", "kv_type")
+            },
+        }
+
+
+def _experts(config: ModelConfig, cold: int) -> dict[str, int] | None:
+    if config.router is None:
+        return None
+    count = config.router.n_expert * config.n_layers
+    return {
+        "count": config.router.n_expert,
+        "used": config.router.top_k,
+        "shared": int(config.d_shared > 0),
+        "layers": config.n_layers,
+        "bytes_each": cold // count,
+        "working_set": cold // count * config.router.top_k * config.n_layers,
+    }

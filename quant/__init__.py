@@ -1,0 +1,1 @@
+"""Low-bit formats: layout, packing, reference, and the compiled vector layer that kernels are written in."""

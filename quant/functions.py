@@ -1,0 +1,98 @@
+"""Compiled functions over vectors and rows: exp, activations, RMS norm, quantisation of activations.
+
+Each follows `edgert.quant.reference` operation by operation. Rows are given by address; a row's buffer is readable up
+to the next multiple of 32 values, and holds zeros there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from edgert.quant import reference
+from edgert.quant.jit import kernel
+from edgert.quant.simd import (
+    absolute,
+    add_i32,
+    fma,
+    load_f32,
+    max_lanes,
+    maximum,
+    round_i32,
+    scale_by_power,
+    splat,
+    splat_i32,
+    store_f32,
+    store_float,
+    store_i8,
+    store_int,
+    sum_lanes,
+    sum_lanes_i32,
+    to_f32,
+    zero_below,
+)
+
+_LOG2_E, _LN2_HIGH, _LN2_LOW = reference.LOG2_E, -reference.LN2_HIGH, -reference.LN2_LOW
+_LOWEST, _HIGHEST = reference.EXP_LOWEST, reference.EXP_HIGHEST
+_P5, _P4, _P3, _P2, _P1, _P0 = reference.EXP_COEFFICIENTS
+_ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
+
+
+@kernel
+def exp(x: Any) -> Any:
+    """e**x of 16 lanes; see reference.exp."""
+    low = splat(_LOWEST)
+    clamped = maximum(x, low)
+    clamped = splat(_ZERO) - maximum(splat(_ZERO) - clamped, splat(-_HIGHEST))  # the smaller of the two
+    exponent = round_i32(clamped * splat(_LOG2_E))
+    n = to_f32(exponent)
+    r = fma(n, splat(_LN2_LOW), fma(n, splat(_LN2_HIGH), clamped))
+    p = fma(splat(_P5), r, splat(_P4))
+    p = fma(p, r, splat(_P3))
+    p = fma(p, r, splat(_P2))
+    p = fma(p, r, splat(_P1))
+    p = fma(p, r, splat(_P0))
+    y = fma(p, r * r, r) + splat(_ONE)
+    return zero_below(scale_by_power(y, exponent), x, low)
+
+
+@kernel
+def silu(x: Any) -> Any:
+    """x / (1 + e**-x) of 16 lanes."""
+    return x / (splat(_ONE) + exp(splat(_ZERO) - x))
+
+
+@kernel
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e**-x) of 16 lanes."""
+    return splat(_ONE) / (splat(_ONE) + exp(splat(_ZERO) - x))
+
+
+@kernel
+def rms_norm(x: int, weight: int, out: int, n: int, eps: float) -> None:
+    """Norm one row of n floats at address `x` into `out`; see reference.rms_norm."""
+    lanes = splat(_ZERO)
+    for i in range(0, 4 * n, 64):
+        part = load_f32(x + i)
+        lanes = fma(part, part, lanes)
+    mean = sum_lanes(lanes) / np.float32(n)
+    scale = splat(_ONE / np.float32(np.sqrt(np.float32(mean + np.float32(eps)))))
+    for i in range(0, 4 * n, 64):
+        store_f32(out + i, (load_f32(x + i) * scale) * load_f32(weight + i))
+
+
+@kernel
+def quantise_row(x: int, n: int, integers: int, scales: int, sums: int) -> None:
+    """int8 integers, float32 scales and int32 sums of each group of 32 of the n floats at `x`."""
+    for group in range((n + 31) // 32):
+        low, high = load_f32(x + 128 * group), load_f32(x + 128 * group + 64)
+        largest = max_lanes(maximum(absolute(low), absolute(high)))
+        inverse = _ZERO
+        if largest > _ZERO:
+            inverse = _127 / largest
+        a, b = round_i32(low * splat(inverse)), round_i32(high * splat(inverse))
+        store_i8(integers + 32 * group, a)
+        store_i8(integers + 32 * group + 16, b)
+        store_float(scales + 4 * group, largest / _127)
+        store_int(sums + 4 * group, sum_lanes_i32(add_i32(add_i32(a, b), splat_i32(np.int32(0)))))

@@ -1,0 +1,122 @@
+"""The one decorator under which edgert's kernels are compiled, and the cache that keeps their machine code.
+
+Numba keys a cached function by its own file, so an edit of a function that it calls would run old code. Here the key
+covers every source file of the package, the versions of numba and llvmlite and the instruction path: intrinsics and
+kernels may then live in different files, and an upgrade or an edit is always seen. A host application's
+NUMBA_CACHE_DIR is neither read nor set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+from edgert.quant import isa
+
+JIT_ENABLED = not config.DISABLE_JIT
+_FOLDERS = ("edgert.quant", "edgert.devices", "edgert.experts")
+
+
+def cache_root() -> Path:
+    """The folder under which compiled kernels are kept, one sub-folder for each state of the sources."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "edgert" / "kernels"
+
+
+@functools.cache
+def source_stamp() -> str:
+    """Digest over all that decides the machine code except the CPU, which numba adds to its key by itself."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {isa.choose().name}".encode())
+    for name in _FOLDERS:
+        for path in sorted(_folder(name).glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _folder(name: str) -> Path:
+    package = __import__(name, fromlist=["__path__"])
+    return Path(next(iter(package.__path__)))
+
+
+class _KernelLocator(_CacheLocator):
+    """Keeps machine code in the user's cache folder, in one sub-folder per source stamp."""
+
+    def __init__(self, py_file: str) -> None:
+        self._py_file = py_file
+        self._path = cache_root() / source_stamp()
+
+    def ensure_cache_path(self) -> None:
+        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self._path).close()
+
+    def get_cache_path(self) -> str:
+        return str(self._path)
+
+    def get_source_stamp(self) -> str:
+        return source_stamp()
+
+    def get_disambiguator(self) -> str:
+        return "k"
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _KernelLocator:
+        return cls(py_file)
+
+
+class _KernelCacheImpl(CompileResultCacheImpl):
+    _locator_classes = (_KernelLocator,)
+
+
+class _KernelCache(FunctionCache):
+    """A cache that never stops the work: what cannot be read is compiled, what cannot be written is not kept."""
+
+    _impl_class = _KernelCacheImpl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a truncated or foreign pickle can raise anything
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+    def has_code(self) -> bool:
+        """Whether machine code of the present sources is on disk, in some signature."""
+        try:
+            return bool(self._cache_file._load_index())
+        except Exception:  # as above
+            return False
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile `function` on its first call: nogil, no fastmath, no bounds checks, cached on disk.
+
+    With NUMBA_DISABLE_JIT=1 the plain function comes back; the reference device then does the work.
+    """
+    if not JIT_ENABLED:
+        return function
+    dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+    dispatcher._cache = _KernelCache(function)
+    return dispatcher
+
+
+def is_compiled(dispatcher: Any) -> bool:
+    """Whether a kernel is in the cache already, in some signature: tells a first run from a later one."""
+    if not JIT_ENABLED or dispatcher.overloads:
+        return True
+    return bool(dispatcher._cache.has_code())

@@ -1,0 +1,124 @@
+"""The arithmetic of edgert in NumPy: slow, obvious, and equal to the compiled kernels bit for bit.
+
+This file is the definition of the order of operations. Sums over columns are fused multiply-adds with ascending column
+(or, with int8 activations, ascending group of 32, exact int32 inside); sums over a vector go through 16 lanes and one
+fixed tree; exp is one polynomial.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.quant.formats import GROUP, Matrix
+
+Array = npt.NDArray[np.float32]
+
+LOG2_E = np.float32(1.4426950408889634)
+LN2_HIGH = np.float32(0.693359375)  # Cody and Waite: n * LN2_HIGH is exact for |n| < 2**13
+LN2_LOW = np.float32(-2.12194440e-4)
+EXP_LOWEST = np.float32(-87.0)  # below: exactly 0
+EXP_HIGHEST = np.float32(88.0)  # above: exp(88)
+# exp(r) = 1 + r + r**2 * p(r) for |r| <= ln(2) / 2; p of degree 5 fitted at Chebyshev nodes, highest power first
+EXP_COEFFICIENTS = tuple(
+    np.float32(c)
+    for c in (1.989928714e-04, 1.393365208e-03, 8.333298378e-03, 4.166646674e-02, 1.666666716e-01, 5.000000000e-01)
+)
+
+
+def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> Array:
+    """a * b + c in float32 with one rounding.
+
+    The product is exact in float64; the float64 sum is rounded to odd, so that rounding it again to float32 is right
+    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    product = np.multiply(a, b, dtype=np.float64)
+    c = np.asarray(c, np.float64)
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)  # two-sum: total + error is the exact sum
+    bits = np.atleast_1d(total).view(np.int64)
+    odd_already = (bits & 1) == 1
+    away = (np.atleast_1d(error) > 0) == (np.atleast_1d(total) > 0)
+    inexact = (np.atleast_1d(error) != 0) & np.isfinite(np.atleast_1d(total)) & ~odd_already
+    bits = np.where(inexact, np.where(away, bits + 1, bits - 1), bits)
+    return bits.view(np.float64).astype(np.float32).reshape(total.shape)
+
+
+def sum_lanes(values: Array) -> Array:
+    """Sum over the last axis, 16 long: halves added to halves."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
+def exp(x: Array) -> Array:
+    """e**x, float32, relative error below 2e-7; 0 below -87, exp(88) above 88."""
+    clamped = np.minimum(np.maximum(x, EXP_LOWEST), EXP_HIGHEST)
+    n = np.rint(clamped * LOG2_E)
+    r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, clamped))
+    p = np.full_like(r, EXP_COEFFICIENTS[0])
+    for coefficient in EXP_COEFFICIENTS[1:]:
+        p = fma(p, r, coefficient)
+    y = fma(p, r * r, r) + np.float32(1.0)
+    scale = ((n.astype(np.int32) + 127) << 23).view(np.float32)
+    return np.where(x < EXP_LOWEST, np.float32(0.0), y * scale)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e**-x)."""
+    return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+
+
+def silu(x: Array) -> Array:
+    """x / (1 + e**-x)."""
+    return x / (np.float32(1.0) + exp(-x))
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """(x / sqrt(mean(x**2) + eps)) * weight over the last axis of (n, d)."""
+    n, d = x.shape
+    padded = np.zeros((n, -(-d // 16) * 16), np.float32)
+    padded[:, :d] = x
+    lanes = np.zeros((n, 16), np.float32)
+    for start in range(0, d, 16):
+        part = padded[:, start : start + 16]
+        lanes = fma(part, part, lanes)
+    mean = sum_lanes(lanes) / np.float32(d)
+    scale = np.float32(1.0) / np.sqrt(mean + np.float32(eps))
+    return (x * scale[:, None]) * weight
+
+
+def quantise_activations(x: Array) -> tuple[npt.NDArray[np.int8], Array]:
+    """Integers int8 (n, d) and scales float32 (n, d / 32) with x ~ integer * scale; d is a multiple of 32."""
+    groups = x.reshape(x.shape[0], -1, GROUP)
+    largest = np.abs(groups).max(axis=2)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(largest > 0, np.float32(127.0) / largest, np.float32(0.0))
+    integers = np.rint(groups * inverse[:, :, None]).astype(np.int8)
+    return integers.reshape(x.shape), largest / np.float32(127.0)
+
+
+def matmul(matrix: Matrix, x: Array, *, int8_activations: bool) -> Array:
+    """x @ matrix.T: (n, n_in) -> (n, n_out), in the order of operations of the kernels."""
+    if matrix.scales is None or not int8_activations:
+        weights = matrix.to_float()
+        total = np.zeros((x.shape[0], weights.shape[0]), np.float32)
+        for column in range(weights.shape[1]):
+            total = fma(weights[None, :, column], x[:, column, None], total)
+        return total
+    integers, scales = quantise_activations(x)
+    n_groups = scales.shape[1]
+    activations = integers.reshape(-1, n_groups, GROUP).astype(np.int32)
+    quants = matrix.values.reshape(-1, n_groups, GROUP).astype(np.int32) - matrix.format.offset
+    dots = np.einsum("ngk,mgk->gnm", activations, quants).astype(np.float32)
+    sums = activations.sum(axis=2).astype(np.float32)
+    total = np.zeros((x.shape[0], matrix.shape[0]), np.float32)
+    for group in range(n_groups):
+        weight_scale = matrix.scales[:, group].astype(np.float32)[None, :]
+        total = fma(dots[group], weight_scale * scales[:, group, None], total)
+        if matrix.minima is not None:
+            minimum = matrix.minima[:, group].astype(np.float32)[None, :]
+            total = fma(minimum, (scales[:, group] * sums[:, group])[:, None], total)
+    return total

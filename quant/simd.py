@@ -1,0 +1,344 @@
+"""Vectors of 16 lanes for numba kernels: the few operations that they are written in.
+
+Three types: `f32x16`, `i32x16` and `i8x64` (four bytes in each of 16 lanes). LLVM splits them into what the machine
+has, so each operation means the same everywhere; only `dot4` picks an instruction. Nothing here knows a weight format.
+Float operations are single IEEE operations: no contraction, no reassociation.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import ConcreteTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from edgert.quant import isa
+
+LANES = 16
+_I8, _I16, _I32, _F16, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
+_V_F32, _V_I32, _V_I8 = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16), ir.VectorType(_I8, 64)
+
+
+class Vector(types.Type):
+    """A numba type that is one LLVM vector."""
+
+    def __init__(self, name: str, llvm: ir.Type) -> None:
+        self.llvm = llvm
+        super().__init__(name=name)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, vector.llvm)
+
+
+f32x16, i32x16, i8x64 = Vector("f32x16", _V_F32), Vector("i32x16", _V_I32), Vector("i8x64", _V_I8)
+
+
+def _operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make an intrinsic of a function (builder, *LLVM values) -> LLVM value, with one fixed signature."""
+    names = ", ".join(f"a{i}" for i in range(len(arguments)))
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list[Any]) -> Any:
+            made = emit(builder, *values)
+            return context.get_dummy_value() if made is None else made
+
+        namespace: dict[str, Any] = {"signature": result(*arguments), "generate": generate}
+        source = f"def {emit.__name__}(typing_context{', ' + names if names else ''}):\n    return signature, generate"
+        exec(source, namespace)  # numba reads the number of arguments from the function itself
+        made = namespace[emit.__name__]
+        made.__doc__, made.__module__ = emit.__doc__, __name__
+        return intrinsic(made)
+
+    return decorate
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: Any) -> Any:
+    """Call an LLVM intrinsic by name."""
+    function = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), values)
+
+
+def _load(builder: ir.IRBuilder, address: Any, vector: ir.Type) -> Any:
+    loaded = builder.load(builder.inttoptr(address, vector.as_pointer()))
+    loaded.align = 1
+    return loaded
+
+
+def _store(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+def _splat(builder: ir.IRBuilder, value: Any, n: int = LANES) -> Any:
+    vector = ir.VectorType(value.type, n)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, n), [0] * n))
+
+
+def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+# ---- memory: addresses are integers, no alignment is assumed ---------------------------------------------------------
+@_operation(f32x16, types.intp)
+def load_f32(builder: ir.IRBuilder, address: Any) -> Any:
+    """16 floats."""
+    return _load(builder, address, _V_F32)
+
+
+@_operation(f32x16, types.intp)
+def load_f16(builder: ir.IRBuilder, address: Any) -> Any:
+    """16 half floats, widened."""
+    return builder.fpext(_load(builder, address, ir.VectorType(_F16, 16)), _V_F32)
+
+
+@_operation(f32x16, types.intp)
+def load_bf16(builder: ir.IRBuilder, address: Any) -> Any:
+    """16 bfloat16s, widened."""
+    wide = builder.zext(_load(builder, address, ir.VectorType(_I16, 16)), _V_I32)
+    return builder.bitcast(builder.shl(wide, _constant(_V_I32, 16)), _V_F32)
+
+
+@_operation(i8x64, types.intp)
+def load_i8(builder: ir.IRBuilder, address: Any) -> Any:
+    """64 bytes."""
+    return _load(builder, address, _V_I8)
+
+
+@_operation(i8x64, types.intp)
+def broadcast4(builder: ir.IRBuilder, address: Any) -> Any:
+    """The same 4 bytes in each of the 16 lanes."""
+    return builder.bitcast(_splat(builder, _load(builder, address, _I32)), _V_I8)
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_f32(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """16 floats."""
+    _store(builder, address, value)
+
+
+@_operation(types.void, types.intp, f32x16)
+def store_f16(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """16 floats, rounded to half, ties to even."""
+    _store(builder, address, builder.fptrunc(value, ir.VectorType(_F16, 16)))
+
+
+@_operation(types.void, types.intp, types.float32)
+def store_half(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """One float, rounded to half, ties to even."""
+    _store(builder, address, builder.fptrunc(value, _F16))
+
+
+@_operation(types.void, types.intp, types.float32)
+def store_float(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """One float."""
+    _store(builder, address, value)
+
+
+@_operation(types.float32, types.intp)
+def load_float(builder: ir.IRBuilder, address: Any) -> Any:
+    """One float."""
+    return _load(builder, address, _F32)
+
+
+@_operation(types.int32, types.intp)
+def load_int(builder: ir.IRBuilder, address: Any) -> Any:
+    """One int32."""
+    return _load(builder, address, _I32)
+
+
+@_operation(types.void, types.intp, types.int32)
+def store_int(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """One int32."""
+    _store(builder, address, value)
+
+
+@_operation(types.void, types.intp, i32x16)
+def store_i8(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """16 integers, each cut to its low byte."""
+    _store(builder, address, builder.trunc(value, ir.VectorType(_I8, 16)))
+
+
+# ---- lanes -----------------------------------------------------------------------------------------------------------
+@_operation(f32x16, types.float32)
+def splat(builder: ir.IRBuilder, value: Any) -> Any:
+    """One float in all lanes."""
+    return _splat(builder, value)
+
+
+@_operation(i32x16, types.int32)
+def splat_i32(builder: ir.IRBuilder, value: Any) -> Any:
+    """One integer in all lanes."""
+    return _splat(builder, value)
+
+
+@_operation(types.float32, f32x16)
+def first_lane(builder: ir.IRBuilder, value: Any) -> Any:
+    """Lane 0."""
+    return builder.extract_element(value, _I32(0))
+
+
+def _fold(builder: ir.IRBuilder, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Fold 16 lanes by the fixed tree: 16 to 8 to 4 to 2 to 1, each time the lower half with the upper half."""
+    width = value.type.count
+    while width > 1:
+        width //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        low, high = (
+            builder.shuffle_vector(
+                value, undefined, ir.Constant(ir.VectorType(_I32, width), list(range(at, at + width)))
+            )
+            for at in (0, width)
+        )
+        value = combine(low, high)
+    return builder.extract_element(value, _I32(0))
+
+
+@_operation(types.float32, f32x16)
+def sum_lanes(builder: ir.IRBuilder, value: Any) -> Any:
+    """Sum of the lanes, by the fixed tree of 16."""
+    return _fold(builder, value, builder.fadd)
+
+
+@_operation(types.int32, i32x16)
+def sum_lanes_i32(builder: ir.IRBuilder, value: Any) -> Any:
+    """Sum of the integer lanes."""
+    return _fold(builder, value, builder.add)
+
+
+def _larger(builder: ir.IRBuilder) -> Callable[[Any, Any], Any]:
+    return lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+@_operation(types.float32, f32x16)
+def max_lanes(builder: ir.IRBuilder, value: Any) -> Any:
+    """Largest lane."""
+    return _fold(builder, value, _larger(builder))
+
+
+@_operation(f32x16, f32x16, types.int64, f32x16)
+def keep_first(builder: ir.IRBuilder, value: Any, n: Any, other: Any) -> Any:
+    """Lanes below `n` of `value`, the rest of `other`."""
+    count = _splat(builder, builder.trunc(n, _I32))
+    below = builder.icmp_signed("<", ir.Constant(_V_I32, list(range(16))), count)
+    return builder.select(below, value, other)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+@_operation(f32x16, f32x16, f32x16, f32x16)
+def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c with one rounding."""
+    return _call(builder, "llvm.fma.v16f32", _V_F32, a, b, c)
+
+
+@_operation(types.float32, types.float32, types.float32, types.float32)
+def fma1(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of scalars with one rounding."""
+    return _call(builder, "llvm.fma.f32", _F32, a, b, c)
+
+
+@_operation(f32x16, f32x16, f32x16)
+def maximum(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """The larger of each lane; b where either is not a number."""
+    return _larger(builder)(a, b)
+
+
+@_operation(f32x16, f32x16)
+def absolute(builder: ir.IRBuilder, a: Any) -> Any:
+    """Absolute value."""
+    return _call(builder, "llvm.fabs.v16f32", _V_F32, a)
+
+
+@_operation(i32x16, f32x16)
+def round_i32(builder: ir.IRBuilder, a: Any) -> Any:
+    """Nearest integer, ties to even. |a| must be below 2**22."""
+    magic = _constant(_V_F32, 12582912.0)  # 1.5 * 2**23: its last mantissa bit is worth one
+    near = builder.fsub(builder.fadd(a, magic), magic)
+    return builder.fptosi(near, _V_I32)
+
+
+@_operation(f32x16, i32x16)
+def to_f32(builder: ir.IRBuilder, a: Any) -> Any:
+    """Integers to floats, rounded to even (exact below 2**24)."""
+    return builder.sitofp(a, _V_F32)
+
+
+@_operation(f32x16, f32x16, i32x16)
+def scale_by_power(builder: ir.IRBuilder, a: Any, exponent: Any) -> Any:
+    """a * 2**exponent for an exponent from -126 to 127."""
+    bits = builder.shl(builder.add(exponent, _constant(_V_I32, 127)), _constant(_V_I32, 23))
+    return builder.fmul(a, builder.bitcast(bits, _V_F32))
+
+
+@_operation(f32x16, f32x16, f32x16, f32x16)
+def zero_below(builder: ir.IRBuilder, value: Any, x: Any, bound: Any) -> Any:
+    """`value`, but 0 in the lanes where x < bound."""
+    return builder.select(builder.fcmp_ordered("<", x, bound), _constant(_V_F32, 0.0), value)
+
+
+@_operation(i32x16, i32x16, i32x16)
+def add_i32(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """a + b of integers."""
+    return builder.add(a, b)
+
+
+# ---- low-bit integers ------------------------------------------------------------------------------------------------
+@_operation(i8x64, i8x64)
+def low_nibbles(builder: ir.IRBuilder, packed: Any) -> Any:
+    """Bits 0 to 3 of every byte."""
+    return builder.and_(packed, _constant(_V_I8, 15))
+
+
+@_operation(i8x64, i8x64)
+def high_nibbles(builder: ir.IRBuilder, packed: Any) -> Any:
+    """Bits 4 to 7 of every byte."""
+    return builder.lshr(packed, _constant(_V_I8, 4))
+
+
+@_operation(i32x16, i8x64, types.int32)
+def unsigned_byte(builder: ir.IRBuilder, packed: Any, which: Any) -> Any:
+    """Byte `which` (0 to 3) of every lane, as an unsigned integer."""
+    shift = _splat(builder, builder.mul(which, _I32(8)))
+    return builder.and_(builder.lshr(builder.bitcast(packed, _V_I32), shift), _constant(_V_I32, 255))
+
+
+@_operation(i32x16, i32x16, i8x64, i8x64)
+def dot4(builder: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
+    """total + the sum over each lane's four bytes of unsigned * signed, exact in int32."""
+    if isa.choose().name == "avx512-vnni":
+        as_bytes = isa.vpdpbusd_takes_bytes()
+        values = [value if as_bytes else builder.bitcast(value, _V_I32) for value in (unsigned, signed)]
+        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _V_I32, total, *values)
+    u, s = builder.bitcast(unsigned, _V_I32), builder.bitcast(signed, _V_I32)
+    for byte in range(4):
+        a = builder.and_(builder.lshr(u, _constant(_V_I32, 8 * byte)), _constant(_V_I32, 255))
+        b = builder.ashr(builder.shl(s, _constant(_V_I32, 24 - 8 * byte)), _constant(_V_I32, 24))
+        total = builder.add(total, builder.mul(a, b))
+    return total
+
+
+def _define_operator(symbol: Any, emit: Callable[..., Any]) -> None:
+    """Let kernels write `a + b` for two f32x16."""
+
+    @infer_global(symbol)
+    class _Typed(ConcreteTemplate):
+        cases = (f32x16(f32x16, f32x16),)
+
+    @lower_builtin(symbol, f32x16, f32x16)
+    def _lower(context: Any, builder: ir.IRBuilder, signature: Any, values: list[Any]) -> Any:
+        return emit(builder, *values)
+
+
+for _symbol, _method in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _define_operator(_symbol, lambda builder, a, b, method=_method: getattr(builder, method)(a, b))

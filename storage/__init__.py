@@ -1,0 +1,1 @@
+"""Bytes on flash: model files and how they are read. Knows nothing of arithmetic."""

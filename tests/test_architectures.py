@@ -1,0 +1,110 @@
+"""What a file asks for and edgert does not do is refused by name, at load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import golden_path
+
+from edgert.architectures import read_config, supported
+from edgert.devices.base import rope_angles
+from edgert.errors import EdgertError, ModelFileError, UnsupportedError
+from edgert.storage.gguf_file import GgufFile
+from edgert.weights import Weights
+
+
+def metadata(name: str = "qwen3moe-f32") -> dict[str, Any]:
+    """A fixture's metadata, to be changed."""
+    with GgufFile.open(golden_path(name)) as file:
+        return {key: file.metadata[key] for key in file.metadata}
+
+
+def test_supported_architectures_are_found() -> None:
+    assert supported() == ["granitemoe", "llama", "olmoe", "qwen2moe", "qwen3moe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "kind", "message"),
+    [
+        ("qwen3moe-f32", "general.architecture", "gptj", UnsupportedError, "general.architecture is 'gptj'"),
+        ("qwen3moe-f32", "qwen3moe.attention.sliding_window", 4096, UnsupportedError, "sliding_window = 4096"),
+        ("qwen3moe-f32", "qwen3moe.a.new.key", 1, UnsupportedError, "qwen3moe.a.new.key = 1"),
+        ("qwen3moe-f32", "qwen3moe.rope.scaling.type", "longrope", UnsupportedError, "'longrope'; supported are none"),
+        ("qwen3moe-f32", "qwen3moe.expert_gating_func", 4, UnsupportedError, "expert_gating_func is 4"),
+        ("qwen3moe-f32", "qwen3moe.expert_group_count", 4, UnsupportedError, "expert_group_count = 4"),
+        ("qwen3moe-f32", "qwen3moe.expert_used_count", 99, ModelFileError, "at most expert_count = 8"),
+        ("qwen3moe-f32", "qwen3moe.block_count", 0, ModelFileError, "block_count is 0"),
+        ("qwen3moe-f32", "qwen3moe.block_count", "many", ModelFileError, "block_count is 'many'"),
+        ("qwen3moe-f32", "qwen3moe.attention.head_count_kv", 3, ModelFileError, "a divisor of attention.head_count"),
+        ("qwen3moe-f32", "qwen3moe.rope.dimension_count", 34, ModelFileError, "an even number up to the head size 32"),
+        ("qwen3moe-f32", "qwen3moe.attention.layer_norm_rms_epsilon", float("nan"), ModelFileError, "a finite number"),
+        ("qwen3moe-f32", "qwen3moe.embedding_length", None, ModelFileError, "embedding_length is missing"),
+        (
+            "granitemoe-f32",
+            "granitemoe.logit_scale",
+            0.0,
+            ModelFileError,
+            "logit_scale is 0.0, not a number above zero",
+        ),
+        ("llama-f32", "llama.attention.head_count_kv", np.array([2, 1]), ModelFileError, "head_count_kv is array"),
+    ],
+)
+def test_refusals_name_the_key_and_the_value(
+    name: str, key: str, value: Any, kind: type[EdgertError], message: str
+) -> None:
+    changed = metadata(name)
+    if value is None:
+        del changed[key]
+    else:
+        changed[key] = value
+    with pytest.raises(kind) as caught:
+        read_config(changed, "some.gguf")
+    assert message in str(caught.value) and str(caught.value).startswith("some.gguf") and "\n" not in str(caught.value)
+
+
+def test_harmless_keys_are_let_through() -> None:
+    changed = metadata("llama-f32") | {"llama.attention.sliding_window": 0, "llama.expert_group_count": 1}
+    assert read_config(changed, "some.gguf") == read_config(metadata("llama-f32"), "some.gguf")
+
+
+def test_tensors_must_be_there_fit_and_be_known(tmp_path: Path) -> None:
+    with GgufFile.open(golden_path("qwen2moe-f32")) as file:
+        config = read_config(file.metadata, "some.gguf")
+        name = "blk.1.ffn_up_exps.weight"
+        info = file.tensors.pop(name)
+        with pytest.raises(ModelFileError, match=f"{name} is missing"):
+            Weights(file, config)
+        file.tensors[name] = info
+        Weights(file, config)
+        file.tensors["blk.0.surprise.weight"] = info
+        with pytest.raises(UnsupportedError, match=r"surprise\.weight"):
+            Weights(file, config)
+        del file.tensors["blk.0.surprise.weight"]
+        file.tensors["output_norm.weight"] = info
+        with pytest.raises(ModelFileError, match=r"output_norm.weight has shape .* ask for \(64,\)"):
+            Weights(file, config)
+
+
+def test_rotation_angles() -> None:
+    """Plain, linear and YaRN frequencies against values worked out from the formulas."""
+    base = metadata("qwen3moe-f32") | {"qwen3moe.rope.freq_base": 10000.0}
+    plain = rope_angles(read_config(base, "m"), 8, None)
+    assert plain.shape == (8, 16, 2)
+    assert plain[3, 0, 0] == np.float32(np.cos(3.0)) and plain[5, 4, 1] == np.float32(np.sin(5 * 10000 ** (-0.25)))
+    linear = rope_angles(read_config(base | {"qwen3moe.rope.scaling.factor": 4.0}, "m"), 8, None)
+    assert linear[4, 0, 0] == np.float32(np.cos(1.0))
+    halved = rope_angles(read_config(base, "m"), 8, np.full(16, 2.0, np.float32))
+    assert (halved[6] == plain[3]).all()
+    yarn = base | {
+        "qwen3moe.rope.scaling.type": "yarn",
+        "qwen3moe.rope.scaling.factor": 4.0,
+        "qwen3moe.rope.scaling.original_context_length": 64,
+    }
+    angles = rope_angles(read_config(yarn, "m"), 8, None)
+    magnitude = 1 + 0.1 * np.log(4.0)
+    # 64 positions turn pair i by 64 * 10000**(-i/16) radians: more than 32 turns never, less than one from pair 5 on
+    assert np.allclose(angles[4, 0], [np.cos(4.0) * magnitude, np.sin(4.0) * magnitude], rtol=1e-6)
+    assert np.allclose(angles[4, 15, 1], np.sin(4 * 10000 ** (-15 / 16) / 4) * magnitude, rtol=1e-6)

@@ -1,0 +1,449 @@
+"""The command line over a model that is none: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from edgert.cli import inspect, main, options, output
+from edgert.cli.conversation import Conversation
+from edgert.errors import EdgertError, OptionError
+from edgert.sampling import Sampling
+
+FAKE = Path(__file__).with_name("fake_model.py")
+sys.path.insert(0, str(FAKE.parent))
+import fake_model  # noqa: E402
+
+
+@pytest.fixture
+def model(monkeypatch):
+    def set_module(name, module):
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return fake_model.install(fake_model.Model(), set_module)
+
+
+@pytest.fixture
+def run(model, monkeypatch, capfd):
+    """run(*arguments, piped=bytes) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments: str, piped: bytes = b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
+        monkeypatch.setattr(sys, "argv", ["edgert", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main.main()
+        out, err = capfd.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+def program(*arguments: str, code: str | None = None, **environment: str):
+    """The command line in a process of its own, its output buffered as usual."""
+    start = [sys.executable, "-c", code] if code else [sys.executable, str(FAKE)]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(
+        [*start, *arguments],
+        env={**kept, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_version_and_help_load_neither_numba_nor_the_editor():
+    code = (
+        "import sys; from edgert.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as left: assert not left.code\n"
+        "heavy = {'numba', 'llvmlite', 'prompt_toolkit', 'onnxruntime', 'tokenizers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for arguments, shown in ((["--help"], "inspect"), (["--version"], "edgert "), (["chat", "-h"], "-p")):
+        process = program(*arguments, code=code)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err.decode()
+        assert shown in out.decode()
+
+
+def test_every_sampling_field_is_an_option_and_help_shows_its_default(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, text, _ = run("generate", "--help")
+    assert code == 0
+    lines = {line.split()[1]: line for line in text.splitlines() if line.startswith("│ --")}
+    for field in fields(Sampling):
+        line = lines["--" + field.name.replace("_", "-")]
+        if isinstance(default := getattr(Sampling(), field.name), (int, float)):
+            assert f"[default: {default}]" in line
+    assert "the model's own" in run("chat", "--help")[1]
+
+
+def test_help_tells_the_runtime_defaults_of_load(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "edgert.model")  # the true one
+    from edgert.loading import DEFAULT_CONTEXT
+    from edgert.model import load
+
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run("chat", "--help")[1]
+    defaults = {name: p.default for name, p in signature(load).parameters.items() if isinstance(p.default, str)}
+    assert set(defaults) == {"kv_type", "activations", "device"}
+    for name, default in [*defaults.items(), ("context", f"at most {DEFAULT_CONTEXT},")]:
+        (line,) = (line for line in text.splitlines() if "--" + name.replace("_", "-") in line)
+        assert f"{default} if not set" in line
+
+
+def test_generate_is_greedy_and_passes_only_what_was_set(run, model):
+    assert run("generate", "m.gguf", "--prompt", "abc") == (0, "cba\n", "")
+    assert model.loaded == {"path": "m.gguf"} and model.closed == 1
+    assert model.calls == [{"prompt": "abc", "sampling": Sampling(), "max_tokens": None, "stop": ()}]
+
+
+def test_options_reach_the_model(run, model):
+    code, out, _ = run(
+        "generate",
+        "-p",
+        "abcdef",
+        "--temperature",
+        "0.5",
+        "--top-k",
+        "40",
+        "--top-p",
+        "0.9",
+        "--min-p",
+        "0.05",
+        "--typical-p",
+        "0.8",
+        "--repetition-penalty",
+        "1.2",
+        "--repetition-window",
+        "32",
+        "--frequency-penalty",
+        "0.1",
+        "--presence-penalty",
+        "-0.2",
+        "--seed",
+        "7",
+        "--logit-bias",
+        "5=-inf",
+        "--logit-bias",
+        "6=1.5",
+        "--max-tokens",
+        "4",
+        "--stop",
+        "c",
+        "--stop",
+        "x y",
+        "--context",
+        "512",
+        "--threads",
+        "2",
+        "--memory",
+        "900MiB",
+        "--kv-type",
+        "f32",
+        "--activations",
+        "f32",
+        "--device",
+        "cpu",
+    )
+    assert (code, out) == (0, "fed\n")
+    assert model.loaded == {
+        "path": None,
+        "context": 512,
+        "threads": 2,
+        "memory": "900MiB",
+        "kv_type": "f32",
+        "activations": "f32",
+        "device": "cpu",
+    }
+    sampling = Sampling(0.5, 40, 0.9, 0.05, 0.8, 1.2, 32, 0.1, -0.2, {5: -math.inf, 6: 1.5}, 7)
+    assert model.calls == [{"prompt": "abcdef", "sampling": sampling, "max_tokens": 4, "stop": ["c", "x y"]}]
+
+
+def test_echo_and_special(run, model):
+    assert run("generate", "-p", "ab", "--echo")[1] == "abba\n"
+    assert run("generate", "-p", "ab", "--special")[1] == ">ba<\n"
+    assert json.loads(run("generate", "-p", "ab", "--echo", "--json")[1])["text"] == "abba"
+
+
+def test_chat_takes_the_models_defaults_and_the_system_message(run, model):
+    code, out, err = run("chat", "--prompt", "hi", "--system", "be brief", "--temperature", "0.2")
+    assert (code, out, err) == (0, "You said: hi\n", "")
+    call = model.calls[0]
+    assert call["sampling"] == model.defaults.changed(temperature=0.2)
+    assert call["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "piped", "asked"),
+    [
+        ((), "grüß dich\n", "grüß dich"),
+        ((), "line\n\n", "line\n"),
+        (("-p", "sum this up:"), "one\ntwo", "sum this up:\n\none\ntwo"),
+        (("-p", "hi"), "", "hi"),
+        ((), "\ufeffhi", "hi"),
+    ],
+)
+def test_piped_text_is_the_prompt_or_follows_it(run, model, prompt, piped, asked):
+    code, out, _ = run("chat", *prompt, piped=piped.encode())
+    assert (code, out) == (0, f"You said: {asked}\n")
+
+
+def test_json_is_one_document(run, model):
+    code, out, _ = run("chat", "-p", "hé", "--json", "--stop", "hé")
+    document = json.loads(out)
+    assert code == 0
+    assert document["model"] == "fake" and document["text"] == "You said: "
+    assert (document["finish_reason"], document["stop"]) == ("stop", "hé")
+    usage = document["usage"]
+    assert usage["prompt_tokens"] == 19 and usage["generated_tokens"] == 12 and usage["bytes_read"] == 2048
+    assert {"cached_tokens", "ttft_s", "tpot_s", "tokens_per_s", "expert_hits", "expert_misses"} < set(usage)
+
+
+def test_a_models_text_is_never_markup_and_pipes_get_it_unchanged(run, model):
+    text = "[bold]x[/bold] [/] :smile: \x1b[31m"
+    code, out, err = run("chat", "-p", text)
+    assert (code, out, err) == (0, f"You said: {text}\n", "")
+
+
+def test_on_a_terminal_control_characters_are_made_harmless(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    output.write("a\x1b]0;title\x07\tb\x9b\r\n")
+    assert screen.getvalue() == "a\ufffd]0;title\ufffd\tb\ufffd\ufffd\n"
+
+
+def test_an_error_is_one_line_and_exit_code_2(run, model):
+    code, out, err = run("chat", "absent.gguf", "-p", "hi")
+    assert (code, out) == (2, "")
+    assert err == "error: absent.gguf: there is no such file: give the path of a GGUF file\n"
+    code, _, err = run("chat", "absent.gguf", "-p", "hi", "--debug")
+    assert code == 2 and "Traceback" in err and err.endswith("give the path of a GGUF file\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["chat", "-p", "x", "--top-p", "1.5"], "top_p=1.5"),
+        (["generate", "-p", "x", "--temperature", "nan"], "temperature=nan"),
+        (["generate", "-p", "x", "--logit-bias", "5:1"], "'5:1' is not ID=VALUE"),
+        (["generate", "-p", "x", "--logit-bias", "5=inf"], "logit_bias[5]=inf"),
+        (["generate", "-p", "x", "--max-tokens", "0"], "max_tokens=0"),
+        (["generate", "-p", "x", "--stop", ""], "stop=''"),
+        (["generate"], "--prompt"),
+        (["chat"], "--prompt"),
+        (["chat", "--prompt", ""], "--prompt"),
+        (["perplexity", "--file", "/no/such/text"], "/no/such/text cannot be read"),
+        (["perplexity", "--file", "/"], "/ cannot be read"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(run, model, arguments, shown):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and shown in err
+
+
+def test_bad_sampling_options_are_refused_before_a_model_is_loaded(run, model):
+    run("chat", "-p", "x", "--top-p", "1.5")
+    assert model.loaded == {}
+
+
+def test_usage_errors_exit_with_2(run):
+    assert run("chat", "--no-such-option")[0] == 2
+    assert run("no-such-command")[0] == 2
+    assert run("perplexity")[0] == 2
+    assert run("generate", "--seed", "many")[0] == 2
+
+
+def test_text_that_is_not_utf_8_is_refused(run, tmp_path):
+    code, _, err = run("chat", piped=b"ab\xff")
+    assert code == 2 and "the text piped in is not UTF-8 at byte 2" in err
+    (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
+    code, _, err = run("perplexity", "--file", str(tmp_path / "latin"))
+    assert code == 2 and "latin is not UTF-8 at byte 0" in err
+
+
+@pytest.mark.parametrize(
+    ("problem", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), 2),
+        (EdgertError("x"), 2),
+    ],
+)
+def test_what_goes_wrong_within_an_answer(run, model, monkeypatch, problem, code):
+    def fail(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(model, "chat", fail)
+    left, out, err = run("chat", "-p", "hi")
+    assert (left, out) == (code, "") and "Traceback" not in err
+    assert err.startswith("error: ") if code == 2 else err == ""
+    assert model.closed == 1
+
+
+def test_a_closed_pipe_is_quiet():
+    process = program("generate", "-p", "x" * 1000, DELAY_S="0.001")
+    assert process.stdout.read(10) == b"x" * 10
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_pieces_arrive_as_they_are_made():
+    process = program("generate", "-p", "fedcba", DELAY_S="0.2")
+    assert process.stdout.read(1) == b"a"
+    started = time.monotonic()
+    assert process.stdout.read(5) == b"bcdef"
+    assert time.monotonic() - started > 0.6
+    process.communicate(timeout=60)
+
+
+def test_ctrl_c_ends_a_script_with_130():
+    process = program("generate", "-p", "x" * 1000, DELAY_S="0.05")
+    assert process.stdout.read(1) == b"x"
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err
+
+
+def test_a_model_without_a_template_says_so(run, model):
+    model.template.is_default = True
+    code, out, err = run("chat", "-p", "hi")
+    assert (code, out) == (0, "You said: hi\n") and "ChatML" in err and err.count("\n") == 1
+
+
+def test_a_full_context_is_said(run, model):
+    model.n_context = 23
+    code, out, err = run("chat", "-p", "hi")
+    assert (code, out) == (0, "You \n") and "23 tokens is full" in err and "--context" in err
+    code, out, err = run("chat", "-p", "hi, how are you?")
+    assert (code, out) == (2, "") and "the context 23" in err
+
+
+def test_inspect_prints_every_value_in_human_units(run, model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # a narrow pipe cuts nothing off
+    code, out, err = run("inspect", "m.gguf")
+    assert (code, err) == (0, "") and "\x1b" not in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["architecture", "granitemoe"] in lines
+    for row in (
+        "parameters 134.5 million (134,515,008)",
+        "total 123.3 MiB",
+        "hot 80.0 MiB",
+        "cold 3.00 GiB",
+        "bytes each 60.8 KiB",
+        "Q4_0 1.5 KiB",
+        "F32 100 bytes",
+        "bpw 4.531",
+        "kv 3.0 KiB",
+        "context 8,192",
+        "size 49,152",
+        "stop 2, 7",
+        "supports tools no",
+        "kv type f16",
+        "working set 3.6 MiB",
+    ):
+        assert row.split() in lines, row
+    assert out.index("architecture") < out.index("experts") < out.index("memory")
+
+
+def test_inspect_as_json(run, model):
+    assert json.loads(run("inspect", "m.gguf", "--json")[1]) == fake_model.DESCRIPTION
+
+
+def test_inspect_makes_names_from_a_file_harmless(capsys):
+    inspect.show({"name": "a\x1b[2Jb", "nothing": None, "none": [], "deep": {"deeper": {"bytes": 2048}}})
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "2.0 KiB" in out
+
+
+def test_perplexity(run, model, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("some words")
+    code, out, err = run("perplexity", "m.gguf", "--file", str(text), "--chunks", "2")
+    assert (code, out, err) == (0, "perplexity 26.061 +/- 1.234 (2 chunks of 512 tokens)\n", "")
+    assert model.calls == [{"text": "some words", "chunk": 512, "n_chunks": 2}]
+    document = json.loads(run("perplexity", "--file", str(text), "--chunk", "128", "--json")[1])
+    assert document == {
+        "model": "fake",
+        "file": str(text),
+        "chunk": 128,
+        "value": 26.0612,
+        "standard_error": 1.23449,
+        "n_chunks": 2,
+        "n_tokens": 1024,
+    }
+
+
+def test_sizes():
+    shown = [output.binary_size(n) for n in (0, 1023, 1024, 129337952, 1 << 30, 5 << 40)]
+    assert shown == ["0 bytes", "1,023 bytes", "1.0 KiB", "123.3 MiB", "1.00 GiB", "5,120.00 GiB"]
+
+
+def test_a_bias_is_parsed():
+    assert options.parse_bias(["1=2", "3=-inf", "4= -0.5"]) == {1: 2.0, 3: -math.inf, 4: -0.5}
+
+
+def test_a_conversation_is_saved_and_loaded(tmp_path):
+    chat, path = Conversation(), tmp_path / "chat.json"
+    chat.set_system("be brief")
+    chat.add("grüß", "dich\n🙂")
+    chat.save(path, "fake")
+    chat.add("more", "text")
+    chat.save(path, "fake")
+    assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
+    again = Conversation()
+    again.load(path)
+    assert again.messages == chat.messages and again.system == "be brief"
+    again.reset()
+    assert again.messages == [{"role": "system", "content": "be brief"}]
+    again.set_system(None)
+    assert again.messages == [] and again.system is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        "\udcff",
+        '{"format": "other", "messages": []}',
+        '{"format": "edgert chat 1"}',
+        '{"format": "edgert chat 1", "messages": [{"role": "root", "content": "x"}]}',
+        '{"format": "edgert chat 1", "messages": [{"role": "user", "content": 3}]}',
+    ],
+)
+def test_a_file_that_is_no_chat_is_neither_loaded_nor_overwritten(tmp_path, content):
+    path, chat = tmp_path / "notes", Conversation()
+    data = content.encode("utf-8", "surrogateescape")
+    path.write_bytes(data)
+    chat.add("a", "b")
+    for act in (lambda: chat.load(path), lambda: chat.save(path, "fake")):
+        with pytest.raises(OptionError, match="notes is"):
+            act()
+    assert path.read_bytes() == data and len(chat.messages) == 2
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    chat = Conversation()
+    with pytest.raises(OptionError, match="absent cannot be read"):
+        chat.load(tmp_path / "absent")
+    with pytest.raises(OptionError, match="cannot be written"):
+        chat.save(tmp_path / "no" / "folder", "fake")
+    with pytest.raises(OptionError, match="cannot be read"):
+        chat.save(tmp_path, "fake")

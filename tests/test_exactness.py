@@ -1,0 +1,86 @@
+"""One answer, bit for bit: chunks, threads, instruction paths, prefix reuse and the NumPy reference all agree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import HERE, engine_of, golden, run
+
+from edgert.devices.reference import ReferenceDevice
+
+MODELS = [
+    "llama-f32",
+    "llama-q4_0",
+    "olmoe-q8_0",
+    "qwen2moe-f32",
+    "qwen3moe-q4_1",
+    "granitemoe-shared-f32",
+    "llama-q4_k",
+]
+
+
+def tokens_of(name: str) -> tuple[Path, list[int]]:
+    """A model and a text of more than one block of positions."""
+    path, expected = golden(name)
+    return path, (expected["tokens"].tolist() * 3)[:70]
+
+
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_chunks_and_threads_change_nothing(name: str, activations: str) -> None:
+    path, tokens = tokens_of(name)
+    whole = run(*engine_of(path, activations=activations, kv_type="f16", threads=2), tokens)
+    for threads, chunk in ((1, 1), (2, 7), (3, 64), (5, 256)):
+        again = run(*engine_of(path, activations=activations, kv_type="f16", threads=threads), tokens, chunk=chunk)
+        assert (again == whole).all(), (threads, chunk)
+
+
+@pytest.mark.parametrize("activations", ["f32", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_in_numpy_agrees(name: str, activations: str) -> None:
+    path, tokens = tokens_of(name)
+    for kv_type in ("f16", "f32"):
+        compiled = run(*engine_of(path, activations=activations, kv_type=kv_type), tokens)
+        slow = run(*engine_of(path, activations=activations, kv_type=kv_type, device=ReferenceDevice), tokens)
+        assert (compiled == slow).all(), np.abs(compiled - slow).max()
+
+
+def test_a_reused_prefix_changes_nothing() -> None:
+    path, tokens = tokens_of("qwen3moe-q4_0")
+    engine, session = engine_of(path, activations="int8", kv_type="f16")
+    run(engine, session, tokens)
+    changed = tokens[:40] + [7] * 30
+    kept = session.trim(changed)
+    assert kept == 40
+    reused = run(engine, session, changed[kept:])
+    fresh = run(*engine_of(path, activations="int8", kv_type="f16"), changed)
+    assert (reused == fresh[kept:]).all()
+
+
+PRINT = """
+import hashlib, sys
+from pathlib import Path
+from models import engine_of, run
+for name in sys.argv[2:]:
+    logits = run(*engine_of(Path(sys.argv[1]) / f"{name}.gguf", activations="int8", kv_type="f16"), list(range(5, 90)))
+    print(name, hashlib.sha256(logits.tobytes()).hexdigest())
+"""
+
+
+def test_every_instruction_path_gives_the_same_bits(tmp_path: Path) -> None:
+    names = ["llama-q4_0", "olmoe-q8_0", "qwen3moe-q4_1"]
+    folder = golden(names[0])[0].parent
+    answers = {}
+    for path, extra in (("best", {}), ("portable", {"EDGERT_ISA": "portable"})):
+        env = {**os.environ, **extra, "PYTHONPATH": str(HERE)}
+        command = [sys.executable, "-c", PRINT, str(folder), *names]
+        answers[path] = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=True, cwd=tmp_path
+        ).stdout
+    assert answers["portable"].count("\n") == len(names)
+    assert answers["best"] == answers["portable"]
