@@ -37,30 +37,40 @@ class ChatTemplate:
     source: of the template that is used without tools. is_default: the file has none, and ChatML stands in.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, tool_source: str | None = None,
-                 is_default: bool = False) -> None:
+    def __init__(
+        self, source: str, tokenizer: Tokenizer, *, tool_source: str | None = None, is_default: bool = False
+    ) -> None:
         self.source, self.is_default = source, is_default
         self._tokenizer = tokenizer
-        self._guard = ControlTextGuard(tokenizer.control_texts)
-        environment = MeteredEnvironment()
-        self._template = _compile(environment, source, _KEY)
-        self._tool_template = (self._template if tool_source is None
-                               else _compile(environment, tool_source, f"{_KEY}.tool_use"))
+        escapes = re.search(r"ensure_ascii\s*=\s*[Tt]rue", source + (tool_source or "")) is not None
+        self._guard = ControlTextGuard(tokenizer.control_texts, escapes=escapes)
+        self._tool_source = tool_source
         self._special_texts = {
             name: tokenizer.token_text(id_) if (id_ := getattr(tokenizer, field)) is not None else ""
-            for name, field in _SPECIAL.items()}
+            for name, field in _SPECIAL.items()
+        }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
         """The template of a GGUF file, with the one for tools where it has one of its own.
 
-        Raises TemplateError, with the line, for a template that does not parse.
+        It is parsed when it is first used: a model whose template is broken can still continue a text.
         """
         tool_source = _source(metadata, f"{_KEY}.tool_use")
         source = _source(metadata, _KEY) or _source(metadata, f"{_KEY}.default") or tool_source
         if source is None:
             return cls(CHATML, tokenizer, is_default=True)
         return cls(source, tokenizer, tool_source=tool_source)
+
+    @cached_property
+    def _template(self) -> Template:
+        return _compile(MeteredEnvironment(), self.source, _KEY)
+
+    @cached_property
+    def _tool_template(self) -> Template:
+        if self._tool_source is None:
+            return self._template
+        return _compile(MeteredEnvironment(), self._tool_source, f"{_KEY}.tool_use")
 
     @cached_property
     def supports_system(self) -> bool:
@@ -70,23 +80,42 @@ class ChatTemplate:
     @cached_property
     def supports_tools(self) -> bool:
         """Whether descriptions of tools reach the prompt."""
-        function = {"name": "edgert-probe", "description": "A probe.", "parameters": {
-            "type": "object", "properties": {"text": {"type": "string", "description": "A text."}}, "required": []}}
+        function = {
+            "name": "edgert-probe",
+            "description": "A probe.",
+            "parameters": {
+                "type": "object",
+                "properties": {"text": {"type": "string", "description": "A text."}},
+                "required": [],
+            },
+        }
         return self._shows("edgert-probe", [], tools=[{"type": "function", "function": function}])
 
-    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
-               add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
         """The prompt of a conversation as text.
 
         messages: {"role": ..., "content": ...} and whatever the template reads besides. tools: JSON schemas of
         functions. variables: further ones that the template knows, as enable_thinking=False. Raises TemplateError
-        if the template refuses the messages, fails, or takes too much.
+        if the template does not parse, refuses the messages, fails, or takes too much.
         """
         inputs = {"messages": messages, "tools": tools, "variables": variables}
         return self._render(_Inputs(inputs), add_generation_prompt)
 
-    def encode(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
-               add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
         """The prompt of a conversation as token ids, with one start token if the vocabulary asks for it.
 
         Control tokens come from the template only: where a message, a tool or a variable spells one, it is text.
@@ -108,8 +137,14 @@ class ChatTemplate:
 
     def _render(self, inputs: _Inputs, add_generation_prompt: bool, protect: Protect | None = None) -> str:
         template = self._template if inputs.tools is None else self._tool_template
-        values = {"documents": None, **self._special_texts, **inputs.variables, "messages": inputs.messages,
-                  "tools": inputs.tools, "add_generation_prompt": add_generation_prompt}
+        values = {
+            "documents": None,
+            **self._special_texts,
+            **inputs.variables,
+            "messages": inputs.messages,
+            "tools": inputs.tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
         meter = Meter(len(self.source) + inputs.size, protect)
         before = METER.set(meter)
         try:
@@ -119,7 +154,7 @@ class ChatTemplate:
                 meter.check(length)
                 pieces.append(piece)
             return "".join(pieces)
-        except Exception as error:   # a template can make Python raise nearly everything
+        except Exception as error:  # a template can make Python raise nearly everything
             raise self._failure(error) from error
         finally:
             METER.reset(before)
@@ -133,8 +168,9 @@ class ChatTemplate:
         if isinstance(error, RecursionError):
             said = "it calls itself without end"
         name = "" if type(error).__module__.startswith(("jinja2", "edgert")) else f"{type(error).__name__}: "
-        return TemplateError(f"{where}: the template failed: {name}{said}; check the messages, or give a prompt as"
-                             " text instead")
+        return TemplateError(
+            f"{where}: the template failed: {name}{said}; check the messages, or give a prompt as text instead"
+        )
 
     def _shows(self, word: str, messages: list[Message], **options: Any) -> bool:
         try:
@@ -151,12 +187,14 @@ class _Inputs:
         self._text = guard.mark if guard else same
         self._key = guard.mark_key if guard else same
         role = guard.mark_role if guard else same
-        self.size = 0   # characters and nodes
+        self.size = 0  # characters and nodes
         self.messages = []
         for number, message in enumerate(inputs["messages"]):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise TemplateError(f"message {number} is {str(message)[:60]!r}; it must be a dictionary with a 'role'"
-                                    " and, mostly, a 'content'")
+                raise TemplateError(
+                    f"message {number} is {str(message)[:60]!r}; it must be a dictionary with a 'role'"
+                    " and, mostly, a 'content'"
+                )
             self.messages.append({**self._plain(message, 0), "role": role(message["role"])})
         self.tools = self._plain(inputs["tools"], 0)
         self.variables = self._plain(inputs["variables"], 0)
@@ -178,8 +216,10 @@ class _Inputs:
             return {self._key(str(key)): self._plain(inner, depth + 1) for key, inner in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
             return [self._plain(inner, depth + 1) for inner in value]
-        raise TemplateError(f"the messages or tools hold a {type(value).__name__}; a template takes text, numbers,"
-                            " true, false, none, lists and dictionaries")
+        raise TemplateError(
+            f"the messages or tools hold a {type(value).__name__}; a template takes text, numbers,"
+            " true, false, none, lists and dictionaries"
+        )
 
 
 def _source(metadata: Mapping[str, Any], key: str) -> str | None:
@@ -191,17 +231,22 @@ def _source(metadata: Mapping[str, Any], key: str) -> str | None:
 
 def _compile(environment: MeteredEnvironment, source: str, key: str) -> Template:
     if len(source) > MAX_SOURCE:
-        raise TemplateError(f"{key} has {len(source):,} characters, at most {MAX_SOURCE:,} are taken; the file is"
-                            " corrupt or hostile: convert the model again")
+        raise TemplateError(
+            f"{key} has {len(source):,} characters, at most {MAX_SOURCE:,} are taken; the file is"
+            " corrupt or hostile: convert the model again"
+        )
     try:
         code = environment.compile(environment.parse_metered(source))
         return Template.from_code(environment, code, environment.make_globals(None))
     except TemplateSyntaxError as error:
-        raise TemplateError(f"{key}, line {error.lineno}: {error.message}; the template is broken: convert the model"
-                            " again") from error
+        raise TemplateError(
+            f"{key}, line {error.lineno}: {error.message}; the template is broken: convert the model again"
+        ) from error
     except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
-        raise TemplateError(f"{key} cannot be compiled ({type(error).__name__}): it is nested too deeply; the file is"
-                            " corrupt or hostile: convert the model again") from error
+        raise TemplateError(
+            f"{key} cannot be compiled ({type(error).__name__}): it is nested too deeply; the file is"
+            " corrupt or hostile: convert the model again"
+        ) from error
 
 
 def _line(trace: TracebackType | None) -> int | None:

@@ -160,7 +160,7 @@ class Model:
         pieces. Raises ContextLengthError for a prompt longer than the context, OptionError for a bad option.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
-        answer = self._answer(ids, (sampling or Sampling()).changed(**options), max_tokens, stop, logprobs)
+        answer = self._answer(ids, (sampling or Sampling()).changed(**options), max_tokens, stop, logprobs, after=ids)
         return answer if stream else answer.finish()
 
     @overload
@@ -219,7 +219,9 @@ class Model:
         max_tokens: int | None,
         stop: str | Sequence[str],
         logprobs: int | None,
+        after: Sequence[int] = (),
     ) -> Stream:
+        """The answer to `ids`; its text continues that of `after`."""
         if not ids:
             raise OptionError("the prompt is empty; give at least one token")
         if len(ids) > self.n_context:
@@ -241,7 +243,7 @@ class Model:
         tokens = self._tokens(ids, Sampler(sampling), logprobs, usage, cancelled, held)
         return Stream(
             tokens,
-            self.tokenizer.detokenizer(),
+            self.tokenizer.detokenizer(after=after),
             rules,
             usage=usage,
             cancelled=cancelled,

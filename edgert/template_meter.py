@@ -15,19 +15,19 @@ from typing import Any, TypeVar
 from jinja2 import TemplateRuntimeError
 from jinja2.exceptions import SecurityError
 
-SECONDS = 10.0            # for one rendering
-_BASE_UNITS = 1_000_000   # steps, nodes of values, and sixteenths of characters, that any rendering may take
-_BASE_SIZE = 4_000_000    # characters and nodes of one value
-MAX_DEPTH = 64            # calls inside calls
-_MAX_NUMBER = 100_000     # for a width, a count or a precision
-_MAX_BITS = 4096          # of a product or power
+SECONDS = 10.0  # for one rendering
+_BASE_UNITS = 1_000_000  # steps, nodes of values, and sixteenths of characters, that any rendering may take
+_BASE_SIZE = 4_000_000  # characters and nodes of one value
+MAX_DEPTH = 64  # calls inside calls
+_MAX_NUMBER = 100_000  # for a width, a count or a precision
+_MAX_BITS = 4096  # of a product or power
 
 # In a format: a width or precision of five digits, from an argument (%*d), or from a nested field ({:{w}}).
 _COMPUTED_WIDTH = re.compile(r"%(?:\([^)]*\))?[-#0 +.\d]*?(?:\*|\d{5})|\{[^{}]*(?:\{|\d{5})")
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 
 _Value = TypeVar("_Value")
-Protect = Callable[[str, Sequence[Any]], str]   # (text, what it was made from) -> text
+Protect = Callable[[str, Sequence[Any]], str]  # (text, what it was made from) -> text
 
 
 class LimitError(TemplateRuntimeError):
@@ -98,7 +98,7 @@ class Meter:
         return self.hold(value)
 
 
-METER: ContextVar[Meter] = ContextVar("METER")   # of the rendering under way; each thread has its own
+METER: ContextVar[Meter] = ContextVar("METER")  # of the rendering under way; each thread has its own
 
 
 # --- checks before the work is done: what a call would make, from its arguments
@@ -150,7 +150,8 @@ def _check_product(left: Any, right: Any) -> None:
         return
     for value, times in ((left, right), (right, left)):
         if isinstance(times, int) and isinstance(value, str | list | tuple):
-            METER.get().check(METER.get().measure(value)[0] * max(0, times))
+            size = len(value) if isinstance(value, str) else METER.get().measure(value)[0]
+            METER.get().check(size * max(0, times))
 
 
 def _check_power(left: Any, right: Any) -> None:
@@ -172,10 +173,21 @@ def _check_lines(text: str, keepends: bool = False) -> None:
 
 
 FILTER_CHECKS: dict[str, Callable[..., None]] = {
-    "replace": _check_replace, "format": _check_format, "indent": _check_indent, "sum": _check_sum}
+    "replace": _check_replace,
+    "format": _check_format,
+    "indent": _check_indent,
+    "sum": _check_sum,
+}
 METHOD_CHECKS: dict[str, Callable[..., None]] = {
-    "replace": _check_replace, "format": _check_format, "join": check_join, "split": _check_split,
-    "rsplit": _check_split, "splitlines": _check_lines, "center": _check_pad, "ljust": _check_pad,
-    "rjust": _check_pad, "zfill": _check_pad}
-OPERATOR_CHECKS: dict[str, Callable[[Any, Any], None]] = {
-    "*": _check_product, "**": _check_power, "%": _check_modulo}
+    "replace": _check_replace,
+    "format": _check_format,
+    "join": check_join,
+    "split": _check_split,
+    "rsplit": _check_split,
+    "splitlines": _check_lines,
+    "center": _check_pad,
+    "ljust": _check_pad,
+    "rjust": _check_pad,
+    "zfill": _check_pad,
+}
+OPERATOR_CHECKS: dict[str, Callable[[Any, Any], None]] = {"*": _check_product, "**": _check_power, "%": _check_modulo}

@@ -35,25 +35,105 @@ from edgert.template_meter import (
     check_numbers,
 )
 
-MAX_SOURCE = 1 << 18   # characters of a template; known ones have up to 20,000
+MAX_SOURCE = 1 << 18  # characters of a template; known ones have up to 20,000
 
 _METHODS = {
     dict: frozenset({"copy", "get", "items", "keys", "values"}),
     list: frozenset({"copy", "count", "index"}),
     tuple: frozenset({"count", "index"}),
-    str: frozenset({
-        "capitalize", "casefold", "center", "count", "endswith", "find", "format", "index", "isalnum", "isalpha",
-        "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle",
-        "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind",
-        "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase",
-        "title", "upper", "zfill"}),
+    str: frozenset(
+        {
+            "capitalize",
+            "casefold",
+            "center",
+            "count",
+            "endswith",
+            "find",
+            "format",
+            "index",
+            "isalnum",
+            "isalpha",
+            "isascii",
+            "isdecimal",
+            "isdigit",
+            "isidentifier",
+            "islower",
+            "isnumeric",
+            "isprintable",
+            "isspace",
+            "istitle",
+            "isupper",
+            "join",
+            "ljust",
+            "lower",
+            "lstrip",
+            "partition",
+            "removeprefix",
+            "removesuffix",
+            "replace",
+            "rfind",
+            "rindex",
+            "rjust",
+            "rpartition",
+            "rsplit",
+            "rstrip",
+            "split",
+            "splitlines",
+            "startswith",
+            "strip",
+            "swapcase",
+            "title",
+            "upper",
+            "zfill",
+        }
+    ),
 }
 _FILTERS = (
-    "abs", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format",
-    "groupby", "indent", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
-    "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort", "string", "sum", "title", "trim",
-    "truncate", "unique", "upper", "wordcount")
-_SIZED = frozenset({"batch", "center", "indent", "round", "slice", "truncate"})   # filters that take numbers as sizes
+    "abs",
+    "batch",
+    "capitalize",
+    "center",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "e",
+    "escape",
+    "first",
+    "float",
+    "format",
+    "groupby",
+    "indent",
+    "int",
+    "items",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "replace",
+    "reverse",
+    "round",
+    "safe",
+    "select",
+    "selectattr",
+    "slice",
+    "sort",
+    "string",
+    "sum",
+    "title",
+    "trim",
+    "truncate",
+    "unique",
+    "upper",
+    "wordcount",
+)
+_SIZED = frozenset({"batch", "center", "indent", "round", "slice", "truncate"})  # filters that take numbers as sizes
+
 
 @pass_eval_context
 def _join(context: nodes.EvalContext, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
@@ -62,8 +142,13 @@ def _join(context: nodes.EvalContext, value: Iterable[Any], d: str = "", attribu
     return str(METER.get().derive(do_join(context, parts, d, attribute), parts))
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Unlike jinja2's own it writes no HTML escapes: model templates want plain JSON."""
     meter = METER.get()
     size, depth = meter.measure(value)
@@ -76,7 +161,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that checks its arguments and pays for its result."""
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0   # the value, behind the context
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the value, behind the context
     check = FILTER_CHECKS.get(name)
 
     @functools.wraps(function)
@@ -126,8 +211,14 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 _GLOBALS: dict[str, Any] = {
-    "raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _dict, "range": safe_range,
-    "namespace": _TemplateNamespace, "cycler": Cycler, "joiner": Joiner}
+    "raise_exception": _raise_exception,
+    "strftime_now": _strftime_now,
+    "dict": _dict,
+    "range": safe_range,
+    "namespace": _TemplateNamespace,
+    "cycler": Cycler,
+    "joiner": Joiner,
+}
 
 
 def _receiver(function: Any) -> tuple[Any, str]:
@@ -143,7 +234,7 @@ def _receiver(function: Any) -> tuple[Any, str]:
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for training; here it is only text."""
 
-    tags = {"generation"}   # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -183,10 +274,10 @@ class _Metering(NodeTransformer):
         return self._call("_cut", node) if sliced else node
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
-        return nodes.Const(node.data, lineno=node.lineno)   # so that it goes through _finalize, and is paid for
+        return nodes.Const(node.data, lineno=node.lineno)  # so that it goes through _finalize, and is paid for
 
 
-@pass_context   # without a context jinja2 would evaluate constants while it compiles
+@pass_context  # without a context jinja2 would evaluate constants while it compiles
 def _finalize(_: Context, value: Any) -> str:
     return METER.get().hold(value if isinstance(value, str) else str(value))
 
@@ -219,8 +310,13 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize,
-                         extensions=["jinja2.ext.loopcontrols", _Generation])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            finalize=_finalize,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
         functions = {name: FILTERS[name] for name in _FILTERS} | {"join": _join, "tojson": _tojson}
         self.filters = {name: _metered(name, function) for name, function in functions.items()}
         self.filters |= {"_tick": _tick, "_hold": _hold, "_cut": _cut, "_concat": _concat}
@@ -230,7 +326,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         """Parse a template, with the meter in it. Raises jinja2's TemplateSyntaxError."""
         tree = _Metering().visit(self.parse(source))
         tree.set_environment(self)
-        return tree   # type: ignore[no-any-return]   # NodeTransformer.visit returns what it is given
+        return tree
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"it uses the attribute {attribute!r} of a {type(obj).__name__}, which is not allowed")
@@ -243,8 +339,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         kind = next((kind for kind in _METHODS if isinstance(owner, kind)), None)
         if kind is not None and name in _METHODS[kind]:
             args = self._check_method(owner, name, args, kwargs)
-        elif not (isinstance(function, Macro | LoopContext | BlockReference | Joiner | Undefined)
-                  or isinstance(owner, LoopContext | Cycler) or any(function is known for known in _GLOBALS.values())):
+        elif not (
+            isinstance(function, Macro | LoopContext | BlockReference | Joiner | Undefined)
+            or isinstance(owner, LoopContext | Cycler)
+            or any(function is known for known in _GLOBALS.values())
+        ):
             raise SecurityError(f"it calls {name or type(function).__name__!r}, which is not allowed")
         meter.depth += 1
         if meter.depth > MAX_DEPTH:
@@ -268,5 +367,3 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             check(left, right)
         METER.get().spend()
         return METER.get().hold(super().call_binop(context, operator, left, right))
-
-

@@ -17,25 +17,66 @@ import numpy.typing as npt
 from edgert.errors import TokenizerError, UnsupportedError
 from edgert.pretokenizers import PRE_TOKENIZERS
 
-MODELS = ("gpt2", "llama")   # byte-level BPE, SentencePiece BPE
+MODELS = ("gpt2", "llama")  # byte-level BPE, SentencePiece BPE
 
 _PREFIX = "tokenizer.ggml."
-_NO_ID = 0xFFFFFFFF   # how a converter writes "none" into an unsigned key
+_NO_ID = 0xFFFFFFFF  # how a converter writes "none" into an unsigned key
 
 # A file seldom lists all tokens that end an answer, so they are also found by their text, as llama.cpp does it.
 _STOP_TEXTS = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
-    "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>",
-    "<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
 )
 # Fill-in-the-middle tokens; those of the second group end an answer too. A key in the file overrules the texts.
 _INFILL_TEXTS = {
-    "fim_pre_token_id": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
-                         "<|code_prefix|>", "<|prefix|>"),
-    "fim_suf_token_id": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
-                         "<|code_suffix|>", "<|suffix|>"),
-    "fim_mid_token_id": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",
-                         "<|code_middle|>", "<|middle|>"),
+    "fim_pre_token_id": (
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<｜fim▁begin｜>",
+        "<PRE>",
+        "▁<PRE>",
+        "<|code_prefix|>",
+        "<|prefix|>",
+    ),
+    "fim_suf_token_id": (
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<｜fim▁hole｜>",
+        "<SUF>",
+        "▁<SUF>",
+        "<|code_suffix|>",
+        "<|suffix|>",
+    ),
+    "fim_mid_token_id": (
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<｜fim▁end｜>",
+        "<MID>",
+        "▁<MID>",
+        "<|code_middle|>",
+        "<|middle|>",
+    ),
 }
 _INFILL_STOP_TEXTS = {
     "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
@@ -60,13 +101,13 @@ class TokenType(IntEnum):
 class Vocabulary:
     """Tokens by id, with everything that the metadata say of them."""
 
-    model: str                              # one of MODELS
-    pre: str                                # the pre-tokenizer of a gpt2 model, "default" where the file names none
-    tokens: list[str]                       # text by id, as the file writes it
-    ids: dict[str, int]                     # the way back
-    types: npt.NDArray[np.uint8]            # TokenType by id
+    model: str  # one of MODELS
+    pre: str  # the pre-tokenizer of a gpt2 model, "default" where the file names none
+    tokens: list[str]  # text by id, as the file writes it
+    ids: dict[str, int]  # the way back
+    types: npt.NDArray[np.uint8]  # TokenType by id
     scores: npt.NDArray[np.float32] | None  # by id; only of a llama model
-    merges: list[str]                       # "left right", best first; only of a gpt2 model
+    merges: list[str]  # "left right", best first; only of a gpt2 model
     bos_id: int | None
     eos_id: int | None
     unknown_id: int | None
@@ -74,7 +115,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    strips_after: frozenset[int]            # special tokens that swallow the white space behind them
+    strips_after: frozenset[int]  # special tokens that swallow the white space behind them
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Vocabulary:
@@ -93,17 +134,27 @@ class Vocabulary:
         merges = [] if spm else _strings(metadata, "merges")
         stop_ids = _mark_special(metadata, ids, types, merges)
         defaults = (("bos", 1), ("eos", 2), ("unknown", 0), ("eot", None), ("eom", None))
-        special = {name: _special_id(metadata, f"{name}_token_id", len(tokens), default if spm else None)
-                   for name, default in defaults}
+        special = {
+            name: _special_id(metadata, f"{name}_token_id", len(tokens), default if spm else None)
+            for name, default in defaults
+        }
         return cls(
-            model=model, pre=pre, tokens=tokens, ids=ids, types=types,
+            model=model,
+            pre=pre,
+            tokens=tokens,
+            ids=ids,
+            types=types,
             scores=_scores(metadata, len(tokens)) if spm else None,
-            merges=merges, bos_id=special["bos"], eos_id=special["eos"], unknown_id=special["unknown"],
+            merges=merges,
+            bos_id=special["bos"],
+            eos_id=special["eos"],
+            unknown_id=special["unknown"],
             stop_ids=stop_ids | {id_ for name in ("eos", "eot", "eom") if (id_ := special[name]) is not None},
             add_bos=_add_token(metadata, "bos", special["bos"], spm or PRE_TOKENIZERS[pre].add_bos),
             add_eos=_add_token(metadata, "eos", special["eos"], False),
             add_space_prefix=_flag(metadata, "add_space_prefix", spm),
-            strips_after=_strips_after(metadata, tokens, types))
+            strips_after=_strips_after(metadata, tokens, types),
+        )
 
     def special_tokens(self) -> list[int]:
         """The ids that are looked for in a text before it is cut into ordinary tokens, longest text first."""
@@ -115,15 +166,19 @@ class Vocabulary:
 def _model_and_pre(metadata: Mapping[str, Any]) -> tuple[str, str]:
     model = metadata.get(_PREFIX + "model")
     if not isinstance(model, str):
-        raise TokenizerError(f"{_PREFIX}model is {'missing' if model is None else repr(model)}: the file has no"
-                             " vocabulary; convert the model again, with its tokenizer")
+        raise TokenizerError(
+            f"{_PREFIX}model is {'missing' if model is None else repr(model)}: the file has no"
+            " vocabulary; convert the model again, with its tokenizer"
+        )
     if model not in MODELS:
-        raise UnsupportedError(f"{_PREFIX}model is {model!r}, which is not supported; supported are"
-                               f" {', '.join(MODELS)}")
+        raise UnsupportedError(
+            f"{_PREFIX}model is {model!r}, which is not supported; supported are {', '.join(MODELS)}"
+        )
     pre = metadata.get(_PREFIX + "pre") or "default"
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise UnsupportedError(f"{_PREFIX}pre is {pre!r}, which is not supported; supported are"
-                               f" {', '.join(PRE_TOKENIZERS)}")
+        raise UnsupportedError(
+            f"{_PREFIX}pre is {pre!r}, which is not supported; supported are {', '.join(PRE_TOKENIZERS)}"
+        )
     return model, str(pre)
 
 
@@ -143,19 +198,26 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     try:
         "\n".join(tokens).encode()
     except UnicodeEncodeError:
-        wrong = next(id_ for id_, text in enumerate(tokens) if text.encode(errors="replace") != text.encode(
-            errors="surrogatepass"))
-        raise TokenizerError(f"{_PREFIX}tokens: token {wrong} is not valid UTF-8 ({tokens[wrong]!a}); the file is"
-                             " corrupt: download or convert it again") from None
-    if "" in tokens:   # padding of some converters; the text only has to be unlike all others
+        wrong = next(
+            id_
+            for id_, text in enumerate(tokens)
+            if text.encode(errors="replace") != text.encode(errors="surrogatepass")
+        )
+        raise TokenizerError(
+            f"{_PREFIX}tokens: token {wrong} is not valid UTF-8 ({tokens[wrong]!a}); the file is"
+            " corrupt: download or convert it again"
+        ) from None
+    if "" in tokens:  # padding of some converters; the text only has to be unlike all others
         tokens = [text or f"[EMPTY_{id_}]" for id_, text in enumerate(tokens)]
     return tokens
 
 
 def _duplicate(tokens: list[str], ids: dict[str, int]) -> TokenizerError:
     first = next(id_ for id_, text in enumerate(tokens) if ids[text] != id_)
-    return TokenizerError(f"{_PREFIX}tokens: tokens {first} and {ids[tokens[first]]} are both {tokens[first]!r};"
-                          " the file is corrupt: convert it again")
+    return TokenizerError(
+        f"{_PREFIX}tokens: tokens {first} and {ids[tokens[first]]} are both {tokens[first]!r};"
+        " the file is corrupt: convert it again"
+    )
 
 
 def _numbers(metadata: Mapping[str, Any], name: str, n_tokens: int) -> npt.NDArray[Any] | None:
@@ -166,8 +228,10 @@ def _numbers(metadata: Mapping[str, Any], name: str, n_tokens: int) -> npt.NDArr
     array = np.asarray(values)
     if array.shape != (n_tokens,) or array.dtype.kind not in "iuf":
         found = f"{array.shape[0]:,} values" if array.ndim == 1 else f"a {type(values).__name__}"
-        raise TokenizerError(f"{_PREFIX}{name} has {found} for {n_tokens:,} tokens, it must have one number for"
-                             " each; the file is corrupt: convert it again")
+        raise TokenizerError(
+            f"{_PREFIX}{name} has {found} for {n_tokens:,} tokens, it must have one number for"
+            " each; the file is corrupt: convert it again"
+        )
     return array
 
 
@@ -176,8 +240,10 @@ def _types(metadata: Mapping[str, Any], tokens: list[str]) -> npt.NDArray[np.uin
     if types is None:
         return np.full(len(tokens), TokenType.NORMAL, np.uint8)
     if (wrong := np.flatnonzero(~np.isin(types, list(TokenType)))).size:
-        raise TokenizerError(f"{_PREFIX}token_type: token {wrong[0]} has the type {types[wrong[0]]}, known are 0 to"
-                             f" {max(TokenType)}; the file is corrupt: convert it again")
+        raise TokenizerError(
+            f"{_PREFIX}token_type: token {wrong[0]} has the type {types[wrong[0]]}, known are 0 to"
+            f" {max(TokenType)}; the file is corrupt: convert it again"
+        )
     return types.astype(np.uint8)
 
 
@@ -198,8 +264,10 @@ def _special_id(metadata: Mapping[str, Any], name: str, n_tokens: int, default: 
     if value in (-1, _NO_ID):
         return None
     if not 0 <= value < n_tokens:
-        raise TokenizerError(f"{_PREFIX}{name} is {value}, but the vocabulary has only the ids 0 to {n_tokens - 1};"
-                             " the file is corrupt: convert it again")
+        raise TokenizerError(
+            f"{_PREFIX}{name} is {value}, but the vocabulary has only the ids 0 to {n_tokens - 1};"
+            " the file is corrupt: convert it again"
+        )
     return int(value)
 
 
@@ -213,13 +281,15 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
 def _add_token(metadata: Mapping[str, Any], name: str, id_: int | None, default: bool) -> bool:
     add = _flag(metadata, f"add_{name}_token", default and id_ is not None)
     if add and id_ is None:
-        raise TokenizerError(f"{_PREFIX}add_{name}_token is true, but {_PREFIX}{name}_token_id is missing;"
-                             " convert the model again")
+        raise TokenizerError(
+            f"{_PREFIX}add_{name}_token is true, but {_PREFIX}{name}_token_id is missing; convert the model again"
+        )
     return add
 
 
-def _mark_special(metadata: Mapping[str, Any], ids: dict[str, int], types: npt.NDArray[np.uint8],
-                  merges: list[str]) -> frozenset[int]:
+def _mark_special(
+    metadata: Mapping[str, Any], ids: dict[str, int], types: npt.NDArray[np.uint8], merges: list[str]
+) -> frozenset[int]:
     """Make control tokens of those that are known by their text, and return the ones that end an answer."""
     stops = _by_text(_STOP_TEXTS, ids, types, merges)
     controls = set(stops)
@@ -232,20 +302,25 @@ def _mark_special(metadata: Mapping[str, Any], ids: dict[str, int], types: npt.N
         if name in _INFILL_STOP_TEXTS:
             stops |= found
     types[list(controls)] = TokenType.CONTROL
-    if (end := ids.get("<|end|>")) is not None:   # where these exist it only ends a message, not the answer
+    if (end := ids.get("<|end|>")) is not None:  # where these exist it only ends a message, not the answer
         names = {text for text in ("<|return|>", "<|call|>", "<|calls|>", "<|flush|>") if text in ids}
         if names >= {"<|return|>", "<|call|>"} or ("<|flush|>" in names and names & {"<|call|>", "<|calls|>"}):
             stops.discard(end)
     return frozenset(stops)
 
 
-def _by_text(texts: tuple[str, ...], ids: dict[str, int], types: npt.NDArray[np.uint8],
-             merges: list[str]) -> set[int]:
+def _by_text(texts: tuple[str, ...], ids: dict[str, int], types: npt.NDArray[np.uint8], merges: list[str]) -> set[int]:
     """The tokens with these texts. Left out, unlike in llama.cpp: ordinary tokens that merges make, as "</s>" in
     Qwen's vocabulary, which is the end of struck-out HTML there and not of the answer."""
-    return {ids[text] for text in texts if text in ids and not (
-        types[ids[text]] == TokenType.NORMAL
-        and not {f"{text[:i]} {text[i:]}" for i in range(1, len(text))}.isdisjoint(merges))}
+    return {
+        ids[text]
+        for text in texts
+        if text in ids
+        and not (
+            types[ids[text]] == TokenType.NORMAL
+            and not {f"{text[:i]} {text[i:]}" for i in range(1, len(text))}.isdisjoint(merges)
+        )
+    }
 
 
 def _strips_after(metadata: Mapping[str, Any], tokens: list[str], types: npt.NDArray[np.uint8]) -> frozenset[int]:
@@ -254,5 +329,8 @@ def _strips_after(metadata: Mapping[str, Any], tokens: list[str], types: npt.NDA
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
     kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-    return frozenset(id_ for id_ in np.flatnonzero(np.isin(types, kinds)).tolist()
-                     if tokens[id_] not in ("<unk>", "<s>", "<|endoftext|>"))
+    return frozenset(
+        id_
+        for id_ in np.flatnonzero(np.isin(types, kinds)).tolist()
+        if tokens[id_] not in ("<unk>", "<s>", "<|endoftext|>")
+    )

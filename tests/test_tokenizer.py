@@ -71,24 +71,27 @@ def test_golden_cases(name: str) -> None:
 MERGES = ["1 2", "12 3", "123 4", "I T", "' S", "! Ċ", "Ġ a", "( a", "Ì ģ", "e Ìģ", "` =", "Ċ Ċ", "Ġ Ġ"]
 
 
-@pytest.mark.parametrize(("pres", "text", "expected"), [
-    ("gpt-2 olmo deepseek-llm", "1234", "1234"),
-    ("llama-bpe llama3 llama-v3 dbrx default falcon", "1234", "123 4"),
-    ("smollm refact starcoder qwen2 qwen35", "1234", "1 2 3 4"),
-    ("gpt-2 olmo smollm default falcon", "IT'S", "IT ' S"),
-    ("llama-bpe dbrx qwen2 qwen35", "IT'S", "IT 'S"),
-    ("gpt-2 smollm falcon deepseek-llm", "IT!\n", "IT ! Ċ"),
-    ("llama-bpe qwen2 qwen35", "IT!\n", "IT !Ċ"),
-    ("gpt-2 smollm default deepseek-llm", "(a", "( a"),
-    ("llama-bpe qwen2 qwen35", "(a", "(a"),
-    ("gpt-2 llama-bpe qwen2", "e\u0301", "e Ìģ"),
-    ("qwen35", "e\u0301", "eÌģ"),
-    ("default", "`=", "` ="),
-    ("falcon gpt-2", "`=", "`="),
-    ("gpt-2 llama-bpe qwen2 default", "   a", "ĠĠ Ġa"),
-    ("llama-bpe qwen2 gpt-2", "\n\n", "ĊĊ"),
-    ("deepseek-llm", "\n\n", "Ċ Ċ"),
-])
+@pytest.mark.parametrize(
+    ("pres", "text", "expected"),
+    [
+        ("gpt-2 olmo deepseek-llm", "1234", "1234"),
+        ("llama-bpe llama3 llama-v3 dbrx default falcon", "1234", "123 4"),
+        ("smollm refact starcoder qwen2 qwen35", "1234", "1 2 3 4"),
+        ("gpt-2 olmo smollm default falcon", "IT'S", "IT ' S"),
+        ("llama-bpe dbrx qwen2 qwen35", "IT'S", "IT 'S"),
+        ("gpt-2 smollm falcon deepseek-llm", "IT!\n", "IT ! Ċ"),
+        ("llama-bpe qwen2 qwen35", "IT!\n", "IT !Ċ"),
+        ("gpt-2 smollm default deepseek-llm", "(a", "( a"),
+        ("llama-bpe qwen2 qwen35", "(a", "(a"),
+        ("gpt-2 llama-bpe qwen2", "e\u0301", "e Ìģ"),
+        ("qwen35", "e\u0301", "eÌģ"),
+        ("default", "`=", "` ="),
+        ("falcon gpt-2", "`=", "`="),
+        ("gpt-2 llama-bpe qwen2 default", "   a", "ĠĠ Ġa"),
+        ("llama-bpe qwen2 gpt-2", "\n\n", "ĊĊ"),
+        ("deepseek-llm", "\n\n", "Ċ Ċ"),
+    ],
+)
 def test_pre_tokenizers(pres: str, text: str, expected: str) -> None:
     for pre in pres.split():
         assert tokens_of(Tokenizer.from_metadata(byte_level(MERGES, pre=pre)), text, bos=False) == expected.split(), pre
@@ -112,15 +115,18 @@ def test_llama_bpe_takes_whole_words_and_starts_with_bos() -> None:
 SPECIAL = {"<|a|>": CONTROL, "<|a|>>": USER_DEFINED, "<unk>": UNKNOWN, "<b>": USER_DEFINED, "<|im_end|>": NORMAL}
 
 
-@pytest.mark.parametrize(("text", "plain", "special"), [
-    ("x<|a|>y", "x < | a | > y", "x <|a|> y"),
-    ("x<|a|>>", "x <|a|>>", "x <|a|>>"),                  # the longer one is looked for first
-    ("<b><b>", "<b> <b>", "<b> <b>"),                     # a user's own token always counts
-    ("<unk>", "< u n k >", "<unk>"),
-    ("<|im_end|>", "< | i m _ e n d | >", "<|im_end|>"),  # known by its text, whatever type the file gives it
-    ("<|a|<|a|>", "< | a | < | a | >", "< | a | <|a|>"),
-    ("", "", ""),
-])
+@pytest.mark.parametrize(
+    ("text", "plain", "special"),
+    [
+        ("x<|a|>y", "x < | a | > y", "x <|a|> y"),
+        ("x<|a|>>", "x <|a|>>", "x <|a|>>"),  # the longer one is looked for first
+        ("<b><b>", "<b> <b>", "<b> <b>"),  # a user's own token always counts
+        ("<unk>", "< u n k >", "<unk>"),
+        ("<|im_end|>", "< | i m _ e n d | >", "<|im_end|>"),  # known by its text, whatever type the file gives it
+        ("<|a|<|a|>", "< | a | < | a | >", "< | a | <|a|>"),
+        ("", "", ""),
+    ],
+)
 def test_special_tokens(text: str, plain: str, special: str) -> None:
     tokenizer = Tokenizer.from_metadata(byte_level([], SPECIAL))
     assert tokens_of(tokenizer, text) == plain.split()
@@ -152,8 +158,14 @@ def test_phi_3_swallows_white_space_behind_special_tokens() -> None:
 
 
 def test_add_bos_and_eos() -> None:
-    metadata = byte_level([], {"<|x|>": CONTROL, "<|y|>": CONTROL}, bos_token_id=256, eos_token_id=257,
-                          add_bos_token=True, add_eos_token=True)
+    metadata = byte_level(
+        [],
+        {"<|x|>": CONTROL, "<|y|>": CONTROL},
+        bos_token_id=256,
+        eos_token_id=257,
+        add_bos_token=True,
+        add_eos_token=True,
+    )
     tokenizer = Tokenizer.from_metadata(metadata)
     assert tokens_of(tokenizer, "a") == ["<|x|>", "a", "<|y|>"]
     assert tokens_of(tokenizer, "a", bos=False) == ["a"]
@@ -195,15 +207,18 @@ def test_an_ordinary_token_is_no_stop_token() -> None:
 SCORES = {"▁": -9.0, "a": -9.0, "b": -9.0, "▁a": -1.0, "ab": -1.0, "▁▁": -5.0, "bb": -0.5}
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("ab", "▁a b"),              # "▁a" and "ab" tie: the left one wins
-    ("abb", "▁a bb"),
-    ("a b", "▁a ▁ b"),
-    (" a", "▁ ▁a"),
-    ("", ""),
-    ("é", "▁ <0xC3> <0xA9>"),
-    ("</s>a", "▁ <0x3C> <0x2F> <0x73> <0x3E> a"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ab", "▁a b"),  # "▁a" and "ab" tie: the left one wins
+        ("abb", "▁a bb"),
+        ("a b", "▁a ▁ b"),
+        (" a", "▁ ▁a"),
+        ("", ""),
+        ("é", "▁ <0xC3> <0xA9>"),
+        ("</s>a", "▁ <0x3C> <0x2F> <0x73> <0x3E> a"),
+    ],
+)
 def test_sentencepiece(text: str, expected: str) -> None:
     assert tokens_of(Tokenizer.from_metadata(sentencepiece(SCORES)), text) == ["<s>", *expected.split()]
 
@@ -233,11 +248,13 @@ def join_slowly(text: str, scores: dict[str, float]) -> list[str]:
         if not found:
             return parts
         i = min(found)[1]
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-@given(st.dictionaries(st.text("ab▁", min_size=2, max_size=5), st.integers(-3, 0), max_size=30),
-       st.text("ab ", max_size=60))
+@given(
+    st.dictionaries(st.text("ab▁", min_size=2, max_size=5), st.integers(-3, 0), max_size=30),
+    st.text("ab ", max_size=60) | st.text("ab", min_size=33, max_size=60),
+)
 def test_sentencepiece_against_the_slow_version(scores: dict[str, float], text: str) -> None:
     """Few different scores, so that ties are the rule; texts beyond the length of a remembered word."""
     scores = {**scores, "a": -9.0, "b": -9.0, "▁": -9.0}
@@ -245,8 +262,10 @@ def test_sentencepiece_against_the_slow_version(scores: dict[str, float], text: 
     assert tokens_of(tokenizer, text, bos=False) == join_slowly(text.replace(" ", "▁"), scores)
 
 
-@given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=3), st.text("abc", min_size=1, max_size=3)), max_size=12),
-       st.text("abc", max_size=30))
+@given(
+    st.lists(st.tuples(st.text("abc", min_size=1, max_size=3), st.text("abc", min_size=1, max_size=3)), max_size=12),
+    st.text("abc", max_size=30),
+)
 def test_byte_level_against_the_slow_version(pairs: list[tuple[str, str]], text: str) -> None:
     known, ranks = {"a", "b", "c"}, {}
     for left, right in pairs:
@@ -256,18 +275,20 @@ def test_byte_level_against_the_slow_version(pairs: list[tuple[str, str]], text:
     parts = list(text)
     while found := [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]:
         i = min(found)[1]
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     assert tokens_of(Tokenizer.from_metadata(byte_level([f"{a} {b}" for a, b in ranks])), text) == parts
 
 
 # --- texts and ids in general
 
-BOTH = [Tokenizer.from_metadata(byte_level(MERGES, SPECIAL)),
-        Tokenizer.from_metadata(sentencepiece(SCORES, {"<b>": USER_DEFINED}))]
+BOTH = [
+    Tokenizer.from_metadata(byte_level(MERGES, SPECIAL)),
+    Tokenizer.from_metadata(sentencepiece(SCORES, {"<user>": USER_DEFINED})),
+]
 
 
 @pytest.mark.parametrize("tokenizer", BOTH, ids=["byte-level", "sentencepiece"])
-@given(text=st.one_of(st.text(), st.text(" \n\tab1'<>|é漢\U0001F642\u0301\u3000")))
+@given(text=st.one_of(st.text(), st.text(" \n\tab1'<>|é漢\U0001f642\u0301\u3000")))
 def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == (text.replace("▁", " ") if tokenizer.model == "llama" else text)
@@ -284,7 +305,8 @@ def test_texts_and_ids_that_do_not_fit(tokenizer: Tokenizer) -> None:
                 use(wrong)
         with pytest.raises(TokenizerError, match=f"there is no token {wrong}"):
             tokenizer.decode([wrong])
-    assert tokenizer.id_of("<b>") == tokenizer.encode("<b>")[-1] and tokenizer.id_of("nothing like it") is None
+    name = "<user>" if tokenizer.model == "llama" else "<b>"
+    assert tokenizer.id_of(name) == tokenizer.encode(name)[-1] and tokenizer.id_of("nothing like it") is None
 
 
 def test_bytes_of_tokens() -> None:
@@ -304,34 +326,37 @@ def test_metadata_may_hold_numpy_arrays() -> None:
 # --- vocabularies that contradict themselves
 
 
-@pytest.mark.parametrize(("change", "error", "said"), [
-    ({"model": None}, TokenizerError, "tokenizer.ggml.model is missing"),
-    ({"model": 3}, TokenizerError, "tokenizer.ggml.model is 3"),
-    ({"model": "bert"}, UnsupportedError, "'bert', which is not supported; supported are gpt2, llama"),
-    ({"pre": "tekken-9"}, UnsupportedError, "'tekken-9', which is not supported; supported are default, gpt-2"),
-    ({"tokens": None}, TokenizerError, "tokenizer.ggml.tokens is missing"),
-    ({"tokens": []}, TokenizerError, "tokenizer.ggml.tokens is empty"),
-    ({"tokens": [1, 2]}, TokenizerError, "tokenizer.ggml.tokens is not a list of strings"),
-    ({"tokens": np.array([1, 2])}, TokenizerError, "tokenizer.ggml.tokens is not a list of strings"),
-    ({"tokens": ["a", "\udcff", "b"]}, TokenizerError, "token 1 is not valid UTF-8"),
-    ({"tokens": ["a", "b", "a"]}, TokenizerError, "tokens 0 and 2 are both 'a'"),
-    ({"token_type": [1]}, TokenizerError, "tokenizer.ggml.token_type has 1 values for 258 tokens"),
-    ({"token_type": "x"}, TokenizerError, "tokenizer.ggml.token_type has a str for 258 tokens"),
-    ({"token_type": [1] * 257 + [77]}, TokenizerError, "token 257 has the type 77"),
-    ({"merges": None}, TokenizerError, "tokenizer.ggml.merges is missing"),
-    ({"merges": ["a b", "ab"]}, TokenizerError, "merges: 'ab' is not two tokens"),
-    ({"merges": ["a b c"]}, TokenizerError, "merges: 'a b c' is not two tokens"),
-    ({"merges": ["a b", "ab x"]}, TokenizerError, "'ab x' needs the token 'abx', which is not in the vocabulary"),
-    ({"merges": ["xx a"]}, TokenizerError, "needs the token 'xx'"),
-    ({"bos_token_id": 258}, TokenizerError, "tokenizer.ggml.bos_token_id is 258, but the vocabulary has only"),
-    ({"eos_token_id": -5}, TokenizerError, "tokenizer.ggml.eos_token_id is -5"),
-    ({"eot_token_id": "x"}, TokenizerError, "tokenizer.ggml.eot_token_id is 'x', not a token id"),
-    ({"add_bos_token": True}, TokenizerError, "add_bos_token is true, but tokenizer.ggml.bos_token_id is missing"),
-    ({"add_bos_token": "yes"}, TokenizerError, "add_bos_token is 'yes', not true or false"),
-    ({"model": "llama"}, TokenizerError, "tokenizer.ggml.scores is missing"),
-    ({"model": "llama", "scores": [0.0]}, TokenizerError, "tokenizer.ggml.scores has 1 values for 258 tokens"),
-    ({"model": "llama", "scores": [0.0] * 257 + [float("nan")]}, TokenizerError, "not a number for token 257"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"model": None}, TokenizerError, "tokenizer.ggml.model is missing"),
+        ({"model": 3}, TokenizerError, "tokenizer.ggml.model is 3"),
+        ({"model": "bert"}, UnsupportedError, "'bert', which is not supported; supported are gpt2, llama"),
+        ({"pre": "tekken-9"}, UnsupportedError, "'tekken-9', which is not supported; supported are default, gpt-2"),
+        ({"tokens": None}, TokenizerError, "tokenizer.ggml.tokens is missing"),
+        ({"tokens": []}, TokenizerError, "tokenizer.ggml.tokens is empty"),
+        ({"tokens": [1, 2]}, TokenizerError, "tokenizer.ggml.tokens is not a list of strings"),
+        ({"tokens": np.array([1, 2])}, TokenizerError, "tokenizer.ggml.tokens is not a list of strings"),
+        ({"tokens": ["a", "\udcff", "b"]}, TokenizerError, "token 1 is not valid UTF-8"),
+        ({"tokens": ["a", "b", "a"]}, TokenizerError, "tokens 0 and 2 are both 'a'"),
+        ({"token_type": [1]}, TokenizerError, "tokenizer.ggml.token_type has 1 values for 258 tokens"),
+        ({"token_type": "x"}, TokenizerError, "tokenizer.ggml.token_type has a str for 258 tokens"),
+        ({"token_type": [1] * 257 + [77]}, TokenizerError, "token 257 has the type 77"),
+        ({"merges": None}, TokenizerError, "tokenizer.ggml.merges is missing"),
+        ({"merges": ["a b", "ab"]}, TokenizerError, "merges: 'ab' is not two tokens"),
+        ({"merges": ["a b c"]}, TokenizerError, "merges: 'a b c' is not two tokens"),
+        ({"merges": ["a b", "ab x"]}, TokenizerError, "'ab x' needs the token 'abx', which is not in the vocabulary"),
+        ({"merges": ["xx a"]}, TokenizerError, "needs the token 'xx'"),
+        ({"bos_token_id": 258}, TokenizerError, "tokenizer.ggml.bos_token_id is 258, but the vocabulary has only"),
+        ({"eos_token_id": -5}, TokenizerError, "tokenizer.ggml.eos_token_id is -5"),
+        ({"eot_token_id": "x"}, TokenizerError, "tokenizer.ggml.eot_token_id is 'x', not a token id"),
+        ({"add_bos_token": True}, TokenizerError, "add_bos_token is true, but tokenizer.ggml.bos_token_id is missing"),
+        ({"add_bos_token": "yes"}, TokenizerError, "add_bos_token is 'yes', not true or false"),
+        ({"model": "llama"}, TokenizerError, "tokenizer.ggml.scores is missing"),
+        ({"model": "llama", "scores": [0.0]}, TokenizerError, "tokenizer.ggml.scores has 1 values for 258 tokens"),
+        ({"model": "llama", "scores": [0.0] * 257 + [float("nan")]}, TokenizerError, "not a number for token 257"),
+    ],
+)
 def test_refusals(change: dict[str, Any], error: type[Exception], said: str) -> None:
     metadata = byte_level(["a b"], {"<x>": CONTROL})
     for key, value in change.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"   # the project's own tests do without it
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # the project's own tests do without it
 GOLDEN = (Path(__file__).resolve().parent / "golden", SHARED / "golden" / "open")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -19,8 +19,14 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def byte_level(merges: Sequence[str] = (), special: Mapping[str, int] | None = None, *, pre: str | None = "gpt-2",
-               words: Sequence[str] = (), **keys: Any) -> dict[str, Any]:
+def byte_level(
+    merges: Sequence[str] = (),
+    special: Mapping[str, int] | None = None,
+    *,
+    pre: str | None = "gpt-2",
+    words: Sequence[str] = (),
+    **keys: Any,
+) -> dict[str, Any]:
     """A gpt2 vocabulary: all bytes, what the merges make, `words`, then special tokens with their types.
 
     keys: further tokenizer.ggml.* values.
@@ -38,8 +44,9 @@ def byte_level(merges: Sequence[str] = (), special: Mapping[str, int] | None = N
     return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
 
 
-def sentencepiece(scores: Mapping[str, float], special: Mapping[str, int] | None = None, *, n_bytes: int = 256,
-                  **keys: Any) -> dict[str, Any]:
+def sentencepiece(
+    scores: Mapping[str, float], special: Mapping[str, int] | None = None, *, n_bytes: int = 256, **keys: Any
+) -> dict[str, Any]:
     """A llama vocabulary: <unk>, <s>, </s>, byte tokens, tokens with scores, special tokens with their types."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(n_bytes)), *scores, *(special or {})]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * n_bytes, *[NORMAL] * len(scores), *(special or {}).values()]
