@@ -6,13 +6,14 @@ layer. It knows nothing of files, of residency, or of which experts were chosen 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edgert.quant.formats import Matrix
+from edgert.quant.formats import MatrixSource
 from edgert.types import Floats, Ids, ModelConfig, Routes
 
 CHUNK = 256  # most tokens that one call takes
@@ -23,7 +24,7 @@ Table = npt.NDArray[Any]  # (n_expert,) or (n_expert, ...) of a device's own kin
 class Linear:
     """y = matrix x + bias."""
 
-    matrix: Matrix
+    matrix: MatrixSource
     bias: Floats | None = None
 
 
@@ -31,9 +32,9 @@ class Linear:
 class ExpertWeights:
     """One feed-forward network: down(silu(gate x) * (up x)). gate, up: (d_ff, d_model); down: (d_model, d_ff)."""
 
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+    gate: MatrixSource
+    up: MatrixSource
+    down: MatrixSource
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class LayerWeights:
     feed_forward_norm: Floats  # (d_model,)
     query_norm: Floats | None = None
     key_norm: Floats | None = None
-    router: Matrix | None = None  # (n_expert, d_model)
+    router: MatrixSource | None = None  # (n_expert, d_model)
     shared: ExpertWeights | None = None  # the shared expert, or a dense layer's network
-    shared_gate: Matrix | None = None  # (1, d_model)
+    shared_gate: MatrixSource | None = None  # (1, d_model)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class Device(Protocol):
     def begin(self, embeddings: Floats) -> None:
         """Make `embeddings` the residual stream of a chunk."""
 
+    def run_layers(self, tables: Sequence[Table | None], cache: Any, start: int) -> int | None:
+        """All layers at once, every expert being in the tables; how many were used, or None if the device cannot."""
+
     def attend(self, layer: int, cache: Any, start: int) -> Floats | None:
         """Attention half of a layer for tokens at positions start, start + 1, ...: router scores, or None if dense."""
 
@@ -108,9 +112,6 @@ class Device(Protocol):
 
     def head(self, first_row: int = 0) -> Floats:
         """Logits (rows, n_vocab) of the chunk's tokens from `first_row` on; valid until the next call."""
-
-    def residual(self) -> Floats:
-        """A copy of the residual stream (n_tokens, d_model)."""
 
     def close(self) -> None:
         """Give back threads and memory."""

@@ -5,17 +5,18 @@ All memory of a step is allocated here, once. Kernels take addresses; this file 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgert.devices import attention, feed_forward
+from edgert.devices import attention, feed_forward, layers
 from edgert.devices.attention import HEAD_NORM, LAYER, NO_NORM, VECTOR_NORM, WORK
 from edgert.devices.base import CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Table, rope_angles
 from edgert.devices.threads import ThreadPool
 from edgert.errors import OptionError
-from edgert.quant.formats import Matrix
+from edgert.quant.formats import MatrixSource
 from edgert.quant.matmul import ACTIVATIONS, MATRIX
 from edgert.types import Floats, ModelConfig, Routes
 
@@ -46,9 +47,9 @@ class CpuCache:
         dtype = np.uint16 if kv_type == "f16" else np.float32
         positions = _round_up(n_context, attention.BLOCK)
         heads, d_value = config.n_kv_heads, _round_up(config.d_value, 16)
-        self.keys = [np.zeros((heads, positions // 16, config.d_head, 16), dtype) for _ in range(config.n_layers)]
-        self.values = [np.zeros((heads, positions, d_value), dtype) for _ in range(config.n_layers)]
-        self.n_bytes = sum(array.nbytes for array in self.keys + self.values)
+        self.keys = np.zeros((config.n_layers, heads, positions // 16, config.d_head, 16), dtype)
+        self.values = np.zeros((config.n_layers, heads, positions, d_value), dtype)
+        self.n_bytes = self.keys.nbytes + self.values.nbytes
 
 
 class _Rows:
@@ -72,7 +73,6 @@ class _Rows:
             ],
             ACTIVATIONS,
         )
-        self.n_bytes = self.floats.nbytes + self._integers.nbytes + self._scales.nbytes + self._sums.nbytes
 
 
 class CpuDevice:
@@ -98,6 +98,7 @@ class CpuDevice:
         self._matrices: list[npt.NDArray[Any]] = []
         self._shared: list[npt.NDArray[Any]] = []
         self._shared_gates: list[npt.NDArray[Any]] = []
+        self._stacked: tuple[npt.NDArray[Any], ...] | None = None  # all layers' tables, for run_layers
         self._n_tokens = 0
         self._angles = rope_angles(config, n_context, rope_divisors)
         self._allocate(quantised=activations == "int8")
@@ -210,9 +211,7 @@ class CpuDevice:
         self._kept += [*buffers, scratch]
         self._attention_rows = np.concatenate([self._normed.record, self._attended.record])
         self._expert_rows = np.concatenate([self._normed.record, self._hidden.record, self._shared_hidden.record])
-        self._all_tokens = np.arange(CHUNK, dtype=np.int64)
-        own = (self._x, self._normed, self._attended, self._hidden, self._shared_hidden, self._outputs, self._logits)
-        self.work_bytes = sum(rows.n_bytes for rows in (*own, *buffers, scratch)) + self._angles.nbytes
+        self._all_tokens = np.arange(CHUNK * (top_k + 1), dtype=np.int64)
 
     def new_cache(self, n_context: int, kv_type: str) -> CpuCache:
         """A key/value cache for `n_context` positions."""
@@ -223,8 +222,55 @@ class CpuDevice:
         """Make `embeddings` (n_tokens, d_model) the residual stream."""
         n_tokens, d_model = embeddings.shape
         assert 0 < n_tokens <= CHUNK and d_model == self.config.d_model, embeddings.shape
+        self.pool.ready()
         self._n_tokens = n_tokens
         self._x.floats[:n_tokens, :d_model] = embeddings
+
+    def run_layers(self, tables: Sequence[Table | None], cache: CpuCache, start: int) -> int:
+        """All layers in one call; the number of experts used, layer by layer."""
+        n, c, router = self._n_tokens, self.config, self.config.router
+        assert 0 <= start and start + n <= min(cache.n_context, self.n_context), (start, n)
+        if self._stacked is None:
+            stacked = [table for table in tables if table is not None] or [np.zeros((0, 3), MATRIX)] * c.n_layers
+            self._stacked = tuple(map(np.stack, (stacked, self._matrices, self._shared, self._shared_gates)))
+        experts, matrices, shared, shared_gates = self._stacked
+        shape = n, router.top_k if router else 0
+        n_expert = experts.shape[1]
+        n_used = np.zeros(1, np.int64)
+        self.pool.run(
+            layers.run_layers,
+            np.concatenate(self._layers),
+            matrices,
+            self._work,
+            self._attention_rows,
+            self._x.floats.ctypes.data,
+            self._x.floats.shape[1],
+            n,
+            start,
+            self._angles[start].ctypes.data,
+            cache.keys,
+            cache.values,
+            experts,
+            self._expert_rows,
+            self._outputs.floats.ctypes.data,
+            self._outputs.floats.shape[1],
+            shared,
+            shared_gates,
+            self._all_tokens,
+            self._scores.floats,
+            router is not None and router.gating == "softmax",
+            router is not None and router.normalise,
+            router.scale if router else 1.0,
+            np.empty((self.pool.n_threads, n_expert), np.float32),
+            np.empty(shape, np.int64),
+            np.empty(shape, np.float32),
+            np.empty(shape, np.int64),
+            np.empty(n_expert + 1, np.int64),
+            np.empty(n * shape[1], np.int64),
+            np.empty(n * shape[1], np.int64),
+            n_used,
+        )
+        return int(n_used[0])
 
     def attend(self, layer: int, cache: CpuCache, start: int) -> Floats | None:
         """Attention half of a layer: router scores (n_tokens, n_expert and padding), or None if it is dense."""
@@ -275,12 +321,11 @@ class CpuDevice:
     def combine(self, layer: int, routes: Routes | None) -> None:
         """Add the weighted expert outputs and the shared one to the residual stream."""
         n = self._n_tokens
-        if routes is None:
-            slots, weights = np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32)
-        else:
-            slots = routes.order + np.arange(n)[:, None] * routes.order.shape[1]
-            weights = np.take_along_axis(routes.weights, routes.order, axis=1)
+        order = np.zeros((n, 0), np.int64) if routes is None else routes.order
+        weights = np.zeros((n, 0), np.float32) if routes is None else routes.weights
         feed_forward.combine(
+            0,
+            1,
             self._x.floats.ctypes.data,
             self._x.floats.shape[1],
             n,
@@ -288,7 +333,7 @@ class CpuDevice:
             self.config.residual_scale,
             self._outputs.floats.ctypes.data,
             self._outputs.floats.shape[1],
-            slots,
+            order,
             weights,
             self._first_shared_slot() if len(self._shared[layer]) else -1,
             self._shared_gates[layer],
@@ -313,10 +358,6 @@ class CpuDevice:
         )
         return self._logits.floats[:n, : self.config.n_vocab]
 
-    def residual(self) -> Floats:
-        """A copy of the residual stream (n_tokens, d_model)."""
-        return self._x.floats[: self._n_tokens, : self.config.d_model].copy()
-
     def close(self) -> None:
         """Give back threads and memory."""
         self.pool.close()
@@ -324,7 +365,7 @@ class CpuDevice:
         self._layers.clear()
 
 
-def _pack(matrix: Matrix, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+def _pack(matrix: MatrixSource, buffer: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     """Pack into `buffer`; the MATRIX (1,) that describes it."""
     n_out, n_in = matrix.shape
     size = matrix.format.matrix_bytes(n_out, n_in)

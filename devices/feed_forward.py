@@ -24,6 +24,8 @@ def _gate_and_up(experts: Any, first: Any, tokens: Any, x: Any, hidden: Any, thr
     """hidden[pair] = silu(gate x) * (up x) for every (token, expert) pair of a group, tiles dealt out to threads."""
     item = 0
     for expert in range(len(experts)):
+        if first[expert] == first[expert + 1]:
+            continue
         gate, up = experts[expert, 0], experts[expert, 1]
         for tile in range((gate.n_out + 15) // 16):
             mine = item % n_threads == thread
@@ -53,6 +55,8 @@ def _down(
     """out[slot] = down hidden[pair], tiles dealt out to threads."""
     item = 0
     for expert in range(len(experts)):
+        if first[expert] == first[expert + 1]:
+            continue
         down = experts[expert, 2]
         for tile in range((down.n_out + 15) // 16):
             mine = item % n_threads == thread
@@ -102,6 +106,8 @@ def run_experts(
 
 @kernel
 def combine(
+    thread: int,
+    n_threads: int,
     x: int,
     x_stride: int,
     n_tokens: int,
@@ -109,25 +115,29 @@ def combine(
     residual_scale: float,
     outputs: int,
     stride: int,
-    slots: Any,
+    order: Any,
     weights: Any,
     shared_slot: int,
     shared_gate: Any,
     activations: Any,
 ) -> None:
-    """x += residual_scale * (sum of weights * expert outputs + shared output), summed in the order of `slots`.
+    """x += residual_scale * (sum of weights * expert outputs + shared output), experts in ascending id.
 
-    slots, weights: (n_tokens, top_k), ascending expert id. shared_slot: row of token 0's shared output, or -1.
-    shared_gate: MATRIX (0 or 1,), whose one row times the normed input gates the shared output through a sigmoid.
+    order, weights: (n_tokens, top_k) of Routes; the output of choice k of token t is row t * top_k + k. shared_slot:
+    row of token 0's shared output, or -1. shared_gate: MATRIX (0 or 1,), whose one row times the normed input gates the
+    shared output through a sigmoid. Tokens are dealt out to threads.
     """
-    for t in range(n_tokens):
+    top_k = order.shape[1]
+    for t in range(thread, n_tokens, n_threads):
         share = splat(np.float32(1))
         if len(shared_gate):
             share = splat(first_lane(sigmoid(multiply_tile(shared_gate[0], 0, activations[0], t))))
         for i in range(0, 4 * d_model, 64):
             total = splat(np.float32(0))
-            for slot in range(slots.shape[1]):
-                total = fma(splat(weights[t, slot]), load_f32(outputs + 4 * slots[t, slot] * stride + i), total)
+            for place in range(top_k):
+                k = order[t, place]
+                output = load_f32(outputs + 4 * (t * top_k + k) * stride + i)
+                total = fma(splat(weights[t, k]), output, total)
             if shared_slot >= 0:
                 total = fma(share, load_f32(outputs + 4 * (shared_slot + t) * stride + i), total)
             at = x + 4 * t * x_stride + i

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ class NullDevice:
         self.pairs: list[list[int]] = []  # slots computed since the last attend, group by group
         self._random = np.random.default_rng(seed)
         self._n_tokens = 0
-        self.work_bytes = 0
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Count it."""
@@ -61,6 +61,9 @@ class NullDevice:
         assert 0 < len(embeddings) <= CHUNK
         self._n_tokens = len(embeddings)
 
+    def run_layers(self, tables: Sequence[Table | None], cache: Any, start: int) -> None:
+        """Not here: layer by layer is what this device is for."""
+
     def attend(self, layer: int, cache: Any, start: int) -> Floats | None:
         """Random router scores."""
         self.calls["attend"] += 1
@@ -86,10 +89,6 @@ class NullDevice:
         """Zeros."""
         self.calls["head"] += 1
         return np.zeros((self._n_tokens - first_row, self.config.n_vocab), np.float32)
-
-    def residual(self) -> Floats:
-        """Zeros."""
-        return np.zeros((self._n_tokens, self.config.d_model), np.float32)
 
     def close(self) -> None:
         """Count it."""

@@ -6,6 +6,8 @@ hold every device against it; with NUMBA_DISABLE_JIT=1 it is the device that ans
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 from edgert.devices.base import CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Table, rope_angles
 from edgert.errors import OptionError
 from edgert.quant import reference
-from edgert.quant.formats import Matrix
+from edgert.quant.formats import MatrixSource
 from edgert.quant.reference import fma, sum_lanes
 from edgert.types import Floats, ModelConfig, Routes
 
@@ -53,23 +55,34 @@ class ReferenceDevice:
         self._int8 = activations == "int8"
         self._angles = rope_angles(config, n_context, rope_divisors)
         self._layers: list[LayerWeights] = []
-        self.work_bytes = 0
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Take the hot weights of the next layer."""
-        self._layers.append(weights)
+        router, shared, gate = weights.router, weights.shared, weights.shared_gate
+        self._layers.append(
+            replace(
+                weights,
+                query=_whole(weights.query),
+                key=_whole(weights.key),
+                value=_whole(weights.value),
+                output=_whole(weights.output),
+                router=router and router.whole(),
+                shared=shared and self.pack_expert(shared),
+                shared_gate=gate and gate.whole(),
+            )
+        )
 
     def set_head(self, norm: Floats, output: Linear) -> None:
         """Take the final norm and the output head."""
-        self._norm, self._head = norm, output
+        self._norm, self._head = norm, _whole(output)
 
     def new_table(self, n_expert: int) -> Table:
         """One ExpertWeights per expert."""
         return np.empty(n_expert, object)
 
     def pack_expert(self, weights: ExpertWeights) -> ExpertWeights:
-        """The expert as it is."""
-        return weights
+        """The expert with its matrices read, not packed."""
+        return ExpertWeights(weights.gate.whole(), weights.up.whole(), weights.down.whole())
 
     def new_cache(self, n_context: int, kv_type: str) -> ReferenceCache:
         """A key/value cache for `n_context` positions."""
@@ -80,6 +93,9 @@ class ReferenceDevice:
         """Make `embeddings` (n_tokens, d_model) the residual stream."""
         assert 0 < len(embeddings) <= CHUNK
         self._x = embeddings.copy()
+
+    def run_layers(self, tables: Sequence[Table | None], cache: Any, start: int) -> None:
+        """Not here: layer by layer is what this device is for."""
 
     def attend(self, layer: int, cache: ReferenceCache, start: int) -> Floats | None:
         """Attention half of a layer: router scores (n_tokens, n_expert), or None if it is dense."""
@@ -136,17 +152,13 @@ class ReferenceDevice:
         normed = reference.rms_norm(self._x[first_row:], self._norm, self.config.eps)
         return self._linear(self._head, normed) * np.float32(self.config.logit_scale)
 
-    def residual(self) -> Floats:
-        """A copy of the residual stream (n_tokens, d_model)."""
-        return self._x.copy()
-
     def close(self) -> None:
         """Give back memory."""
         self._layers.clear()
 
     # ---- parts -------------------------------------------------------------------------------------------------------
-    def _matmul(self, matrix: Matrix, x: Floats) -> Floats:
-        return reference.matmul(matrix, x, int8_activations=self._int8)
+    def _matmul(self, matrix: MatrixSource, x: Floats) -> Floats:
+        return reference.matmul(matrix.whole(), x, int8_activations=self._int8)
 
     def _linear(self, linear: Linear, x: Floats) -> Floats:
         product = self._matmul(linear.matrix, x)
@@ -173,6 +185,10 @@ class ReferenceDevice:
         turned[..., first] = heads[..., first] * cos - heads[..., second] * sin
         turned[..., second] = heads[..., first] * sin + heads[..., second] * cos
         return turned
+
+
+def _whole(linear: Linear) -> Linear:
+    return Linear(linear.matrix.whole(), linear.bias)
 
 
 def _attend(query: Floats, keys: Floats, values: Floats, scale: np.float32) -> npt.NDArray[Any]:

@@ -11,6 +11,7 @@ Importing this package loads neither numba nor onnxruntime; names are found on f
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from edgert.model import Model as Model
     from edgert.model import load as load
     from edgert.sampling import Sampling as Sampling
+
+_TREE = Path(__file__).resolve().parents[1]
+if (_TREE / "storage" / "gguf_file.py").exists():  # a checkout that is imported in place, not installed
+    __path__.append(str(_TREE))
 
 __all__ = ["Completion", "EdgertError", "Model", "Piece", "Sampling", "Stream", "Usage", "load"]
 

@@ -58,10 +58,18 @@ class Engine:
         """Run a chunk of tokens through all layers; their keys and values join the session's."""
         start = len(session.tokens)
         self.device.begin(self.embed(tokens))  # (n_tokens, d_model)
-        for layer in range(self.config.n_layers):
-            scores = self.device.attend(layer, session.cache, start)  # (n_tokens, n_expert)
-            self._feed_forward(layer, scores)
+        if not self._all_layers_at_once(session, start):
+            for layer in range(self.config.n_layers):
+                scores = self.device.attend(layer, session.cache, start)  # (n_tokens, n_expert)
+                self._feed_forward(layer, scores)
         session.tokens += tokens
+
+    def _all_layers_at_once(self, session: Session, start: int) -> bool:
+        """Run all layers in one call of the device, if it can, no expert is away and nobody watches the routes."""
+        tables = self.residency.tables
+        used = None if tables is None or self.trace else self.device.run_layers(tables, session.cache, start)
+        self.residency.hits += used or 0
+        return used is not None
 
     def _feed_forward(self, layer: int, scores: Floats | None) -> None:
         if scores is None or self.router is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -177,8 +177,9 @@ class Stream(Iterator[Piece]):
     """One answer as it is made: an iterator of pieces, and the completion so far.
 
     `tokens` yields (id, log-probability or None); when it ends by itself the context is full. Nothing is
-    computed until the first piece is asked for, so what must be given back even if nobody reads belongs to
-    `on_close`, not to the generator's `finally`. One thread reads; any thread may call cancel() and close().
+    computed, so nothing may be held, until the first piece is asked for; from then on `tokens` gives back what it
+    holds in its own `finally`, in whichever thread ends the answer. One thread at a time reads; any thread may call
+    cancel() and close().
     """
 
     def __init__(
@@ -189,7 +190,6 @@ class Stream(Iterator[Piece]):
         *,
         usage: Usage | None = None,  # shared with `tokens`, which fills its part
         cancelled: threading.Event | None = None,  # shared with `tokens`, to look at in a long prefill
-        on_close: Callable[[], None] | None = None,  # called once, after `tokens` is closed, in any thread
         started: float | None = None,  # time.perf_counter() of the request; None is now
     ) -> None:
         self.usage = usage if usage is not None else Usage()
@@ -199,7 +199,6 @@ class Stream(Iterator[Piece]):
         self._rules = rules
         self._cutter = StopCutter(rules.stop)
         self._cancelled = cancelled or threading.Event()
-        self._on_close = on_close
         self._started = time.perf_counter() if started is None else started
         self._decode_s = 0.0
         self._said = _Said()
@@ -269,14 +268,10 @@ class Stream(Iterator[Piece]):
             usage.tpot_s = self._decode_s / (usage.generated_tokens - 1)
 
     def _release(self) -> None:
-        """Close the maker of tokens and give back what it held, once."""
+        """Close the maker of tokens, which gives back what it held, once."""
         if not self._released:
             self._released = True
-            try:
-                self._tokens.close()
-            finally:
-                if self._on_close is not None:
-                    self._on_close()
+            self._tokens.close()
 
     def cancel(self) -> None:
         """End the answer at the next token, from any thread; the reader still gets what was held back."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import weakref
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import numpy as np
 from edgert.architectures import read_config
 from edgert.chat_template import ChatTemplate
 from edgert.engine import Engine, Session
-from edgert.errors import ModelFileError, OptionError
+from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
 from edgert.experts.residency import AllResident
-from edgert.memory import PROCESS_BYTES, MemoryPlan, parse_size
+from edgert.memory import COMPILING_BYTES, PROCESS_BYTES, TOKEN_BYTES, MemoryPlan, available, parse_size
 from edgert.quant import jit
 from edgert.sampling import Sampling
 from edgert.storage.gguf_file import GgufFile
@@ -26,6 +28,7 @@ from edgert.weights import Progress, Weights
 
 EMBEDDED = "smollm2-moe"
 DEFAULT_CONTEXT = 4096
+_KV_BYTES = {"f16": 2, "f32": 4}
 _CHAT = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05)
 _GGUF_SAMPLING = {
     "temp": "temperature",
@@ -37,23 +40,35 @@ _GGUF_SAMPLING = {
 }
 
 
-@dataclass
 class Parts:
-    """What a Model is made of."""
+    """What a Model is made of. Closed by close(), or when nothing refers to it any more."""
 
-    name: str
-    path: Path
-    file: GgufFile
-    engine: Engine
-    session: Session
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    defaults: Sampling
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        file: GgufFile,
+        engine: Engine,
+        session: Session,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        defaults: Sampling,
+        held: ExitStack,
+    ) -> None:
+        self.name, self.path, self.file = name, path, file
+        self.engine, self.session, self.tokenizer = engine, session, tokenizer
+        self.template, self.defaults = template, defaults
+        self._close = weakref.finalize(self, _close, held, os.getpid())
+        self._close.atexit = False  # a daemon thread may still compute then; the process gives all back
 
     def close(self) -> None:
-        """Give back threads, memory and the file."""
-        self.engine.device.close()
-        self.file.close()
+        """Give back threads, memory and the file; a second call does nothing."""
+        self._close()
+
+
+def _close(held: ExitStack, owner: int) -> None:
+    if os.getpid() == owner:  # in a forked child the threads are the parent's
+        held.close()
 
 
 def resolve(path_or_name: str | Path | None) -> Path:
@@ -78,29 +93,47 @@ def load_parts(
     progress: Progress,
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
-    path = resolve(path_or_name)
+    path, make_device = resolve(path_or_name), _device(device)
     limit = None if memory is None else parse_size(memory)
     progress("reading the header", 0.0)
-    file = GgufFile.open(path)
-    try:
+    with ExitStack() as held, _memory_errors(path):
+        file = held.enter_context(GgufFile.open(path))
         config = read_config(file.metadata, str(path))
         n_context = _context(context, config)
         weights = Weights(file, config, decode_to_f32=activations == "f32")
         plan(weights, n_context, kv_type).require(limit, path.name)
-        progress("building the tokenizer", 0.0)
-        tokenizer = Tokenizer.from_metadata(file.metadata)
-        template = ChatTemplate.from_metadata(file.metadata, tokenizer)
-        made = _device(device)(
+        made = make_device(
             config, n_context, threads=threads, activations=activations, rope_divisors=weights.rope_divisors()
         )
-        tables = weights.load_into(made, progress)
-        engine = Engine(config, made, AllResident(tables), weights.embed)
+        held.callback(made.close)
         session = Session(made.new_cache(n_context, kv_type))
+        progress("building the tokenizer", 0.0)
+        tokenizer, template = _words(file)
+        engine = Engine(config, made, AllResident(weights.load_into(made, progress)), weights.embed)
         _warm_up(engine, session, progress)
-    except BaseException:
-        file.close()
-        raise
-    return Parts(_name(file), path, file, engine, session, tokenizer, template, _defaults(file.metadata, path_or_name))
+        defaults = _defaults(file.metadata, path_or_name)
+        return Parts(_name(file), path, file, engine, session, tokenizer, template, defaults, held.pop_all())
+
+
+def _words(file: GgufFile) -> tuple[Tokenizer, ChatTemplate]:
+    """A file's tokenizer and chat template; errors name the file."""
+    try:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        return tokenizer, ChatTemplate.from_metadata(file.metadata, tokenizer)
+    except EdgertError as error:
+        raise type(error)(f"{file.path}: {error}") from error
+
+
+@contextmanager
+def _memory_errors(path: Path) -> Iterator[None]:
+    """Turn a MemoryError into a MemoryLimitError."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryLimitError(
+            f"{path}: memory ran out while the model was loaded, {available() / 2**20:,.0f} MiB are available; "
+            "close other programs, raise the process's limit, or use a smaller model or a shorter --context"
+        ) from error
 
 
 def _context(context: int | None, config: ModelConfig) -> int:
@@ -127,13 +160,17 @@ def _device(name: str) -> Any:
     raise OptionError(f"device={name!r} is not known here; use auto, cpu (with numba's JIT enabled) or reference")
 
 
+def _is_compiled() -> bool:
+    """Whether the kernels were compiled on this machine before."""
+    from edgert.devices import attention
+
+    return jit.is_compiled(attention.attend)
+
+
 def _warm_up(engine: Engine, session: Session, progress: Progress) -> None:
     """Run one token, so that compilation happens here, with a word about it, and not before the first answer."""
-    if jit.JIT_ENABLED:
-        from edgert.devices import attention
-
-        if not jit.is_compiled(attention.attend):
-            progress("compiling kernels for this machine (once, about 15 s)", 0.99)
+    if not _is_compiled():
+        progress("compiling kernels for this machine (once, about 15 s)", 0.99)
     engine.step([0], session)
     engine.last_logits(1)
     session.tokens.clear()
@@ -161,21 +198,22 @@ def plan(weights: Weights, n_context: int, kv_type: str) -> MemoryPlan:
     """What loading and running will take."""
     from edgert.devices.base import CHUNK
 
+    if kv_type not in _KV_BYTES:
+        raise OptionError(f"kv_type={kv_type!r} is not known; use {' or '.join(_KV_BYTES)}")
     config, tensors = weights.config, weights.file.tensors
     in_ram = [name for name in tensors if not weights.is_on_file(name)]
     cold = sum(weights.bytes_of(name) for name in in_ram if weights.is_cold(name))
-    largest = max(int(np.prod(tensors[name].shape)) for name in in_ram if not weights.is_cold(name))
     per_position = config.n_layers * config.n_kv_heads * (config.d_head + config.d_value)
     top_k = config.router.top_k if config.router else 0
     row = 8 * config.d_model + (top_k + 1) * (4 * config.d_model) + 6 * (top_k * config.d_expert + config.d_shared)
     row += 10 * config.n_heads * (config.d_head + config.d_value)
     return MemoryPlan(
-        process=PROCESS_BYTES,
+        process=PROCESS_BYTES + TOKEN_BYTES * config.n_vocab + (0 if _is_compiled() else COMPILING_BYTES),
         hot=sum(weights.bytes_of(name) for name in in_ram if not weights.is_cold(name)),
         cold=cold,
-        kv=(2 if kv_type == "f16" else 4) * per_position * n_context,
+        kv=_KV_BYTES[kv_type] * per_position * n_context,
         work=CHUNK * row + 32 * 4 * config.n_vocab + 4 * config.rope.n_rotated * n_context,
-        loading=4 * largest,
+        loading=max(weights.packing_bytes(name) for name in in_ram),
         context=n_context,
         kv_type=kv_type,
     )
@@ -190,8 +228,7 @@ def describe(
         config = read_config(file.metadata, str(path))
         weights = Weights(file, config)
         n_context = _context(context, config)
-        tokenizer = Tokenizer.from_metadata(file.metadata)
-        template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+        tokenizer, template = _words(file)
         memory = plan(weights, n_context, kv_type)
         types: Counter[str] = Counter()
         for info in file.tensors.values():

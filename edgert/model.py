@@ -5,9 +5,12 @@ Knows how the parts fit together; each part knows nothing of the others. Calls f
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -15,16 +18,16 @@ import numpy as np
 
 from edgert import perplexity
 from edgert.chat_template import ChatTemplate
-from edgert.engine import Engine, Session
 from edgert.errors import BusyError, ContextLengthError, EdgertError, OptionError
 from edgert.generation import Completion, StopRules, Stream, TokenEvent, TokenLogprob, Usage
-from edgert.loading import load_parts
+from edgert.loading import Parts, load_parts
 from edgert.sampling import Sampler, Sampling
 from edgert.tokenizer import Tokenizer
 from edgert.types import Floats, ModelConfig
 from edgert.weights import Progress
 
 Messages = Sequence[Mapping[str, Any]]
+_CANCEL_POLL_S = 0.1  # how often an answer that waits for its turn looks whether it is still wanted
 
 
 def load(
@@ -60,23 +63,46 @@ def load(
 
 
 class _Turn:
-    """Whose turn it is: threads wait for each other; a thread that would wait for itself is told so."""
+    """Whose turn it is: one answer or measurement at a time, other threads wait for theirs.
+
+    A turn belongs to the answer: any thread may read it on, or end it. The thread that read it last cannot ask for
+    another turn, because it would wait for itself, and is told so.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._reader: threading.Thread | None = None
+        self._process = os.getpid()
 
-    def take(self) -> None:
-        """Wait for the model."""
-        if self._owner == threading.get_ident():
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that loaded the model: it has the memory, but not the threads."""
+        return os.getpid() != self._process
+
+    def take(self, cancelled: threading.Event | None = None) -> bool:
+        """Wait for the model; False if `cancelled` was set meanwhile."""
+        self._check_process()
+        if self._reader is threading.current_thread():
             raise BusyError("this thread still reads another answer of this model: finish or close() that stream first")
-        self._lock.acquire()
-        self._owner = threading.get_ident()
+        while not self._lock.acquire(timeout=-1 if cancelled is None else _CANCEL_POLL_S):
+            if cancelled is not None and cancelled.is_set():
+                return False
+        self._reader = threading.current_thread()
+        return True
+
+    def go_on(self) -> None:
+        """The answer is read on, by this thread."""
+        self._check_process()
+        self._reader = threading.current_thread()
 
     def give_back(self) -> None:
-        """Let the next one have it; any thread may do it for the owner."""
-        self._owner = None
+        """Let the next one have it; any thread may."""
+        self._reader = None
         self._lock.release()
+
+    def _check_process(self) -> None:
+        if self.forked:
+            raise EdgertError("this model was loaded before fork; load it in the child, or use the spawn start method")
 
     def __enter__(self) -> None:
         self.take()
@@ -85,10 +111,22 @@ class _Turn:
         self.give_back()
 
 
+@dataclass
+class _Request:
+    """What the maker of an answer's tokens needs."""
+
+    ids: list[int]
+    sampler: Sampler
+    n_logprobs: int | None
+    usage: Usage
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    stream: weakref.ref[Stream] | None = None  # where the caller reads it piece by piece
+
+
 class Model:
     """A loaded model. Use as a context manager or call close()."""
 
-    def __init__(self, parts: Any) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.name: str = parts.name
         self.path: Path = parts.path
         self.config: ModelConfig = parts.engine.config
@@ -96,11 +134,10 @@ class Model:
         self.template: ChatTemplate = parts.template
         self.defaults: Sampling = parts.defaults
         self.n_context: int = parts.session.cache.n_context
-        self._parts = parts
-        self._engine: Engine = parts.engine
-        self._session: Session = parts.session
+        self._parts: Parts | None = parts  # None once closed
         self._turn = _Turn()
-        self._closed = False
+        self._stream: weakref.ref[Stream] | None = None  # the one that has the turn, or had it last
+        self._closing = False
 
     def __enter__(self) -> Model:
         return self
@@ -109,11 +146,24 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Give back memory, threads and the file. Waits for an answer in progress."""
+        """Give back memory, threads and the file; harmless when repeated.
+
+        Ends an open stream, in whichever thread it is read. Waits for a whole answer or a measurement in progress in
+        another thread; those that have not begun are refused.
+        """
+        self._closing = True  # before looking for a stream: one that begins now finds this set
+        stream = self._stream() if self._stream is not None else None
+        if stream is not None:
+            stream.close()
+        if self._turn.forked:  # the threads are the parent's, and the turn may be too
+            parts, self._parts = self._parts, None
+            if parts is not None:
+                parts.file.close()
+            return
         with self._turn:
-            if not self._closed:
-                self._closed = True
-                self._parts.close()
+            parts, self._parts = self._parts, None
+            if parts is not None:
+                parts.close()
 
     # ---- answers -----------------------------------------------------------------------------------------------------
     @overload
@@ -160,8 +210,9 @@ class Model:
         pieces. Raises ContextLengthError for a prompt longer than the context, OptionError for a bad option.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
-        answer = self._answer(ids, (sampling or Sampling()).changed(**options), max_tokens, stop, logprobs, after=ids)
-        return answer if stream else answer.finish()
+        request = self._request(ids, (sampling or Sampling()).changed(**options), logprobs)
+        answer = self._answer(request, max_tokens, stop, after=ids)
+        return _handed_out(answer, request) if stream else answer.finish()
 
     @overload
     def chat(
@@ -209,19 +260,12 @@ class Model:
         again. Otherwise as generate().
         """
         ids = self.template.encode(messages, tools=tools)
-        answer = self._answer(ids, (sampling or self.defaults).changed(**options), max_tokens, stop, logprobs)
-        return answer if stream else answer.finish()
+        request = self._request(ids, (sampling or self.defaults).changed(**options), logprobs)
+        answer = self._answer(request, max_tokens, stop)
+        return _handed_out(answer, request) if stream else answer.finish()
 
-    def _answer(
-        self,
-        ids: list[int],
-        sampling: Sampling,
-        max_tokens: int | None,
-        stop: str | Sequence[str],
-        logprobs: int | None,
-        after: Sequence[int] = (),
-    ) -> Stream:
-        """The answer to `ids`; its text continues that of `after`."""
+    def _request(self, ids: list[int], sampling: Sampling, n_logprobs: int | None) -> _Request:
+        """A checked request for the answer to `ids`."""
         if not ids:
             raise OptionError("the prompt is empty; give at least one token")
         if len(ids) > self.n_context:
@@ -232,54 +276,52 @@ class Model:
         outside = next((token for token in sampling.logit_bias if not 0 <= token < self.config.n_vocab), None)
         if outside is not None:
             raise OptionError(f"logit_bias has token {outside}, outside the vocabulary of {self.config.n_vocab}")
+        return _Request(ids, Sampler(sampling), n_logprobs, Usage(prompt_tokens=len(ids)))
+
+    def _answer(
+        self, request: _Request, max_tokens: int | None, stop: str | Sequence[str], after: Sequence[int] = ()
+    ) -> Stream:
+        """The answer to a request; its text continues that of `after`."""
         rules = StopRules(self.tokenizer.stop_ids, (stop,) if isinstance(stop, str) else tuple(stop), max_tokens)
-        usage, cancelled, held = Usage(prompt_tokens=len(ids)), threading.Event(), threading.Event()
-
-        def release() -> None:
-            if held.is_set():
-                held.clear()
-                self._turn.give_back()
-
-        tokens = self._tokens(ids, Sampler(sampling), logprobs, usage, cancelled, held)
         return Stream(
-            tokens,
+            self._tokens(request),
             self.tokenizer.detokenizer(after=after),
             rules,
-            usage=usage,
-            cancelled=cancelled,
-            on_close=release,
+            usage=request.usage,
+            cancelled=request.cancelled,
             started=time.perf_counter(),
         )
 
-    def _tokens(
-        self,
-        ids: list[int],
-        sampler: Sampler,
-        n_logprobs: int | None,
-        usage: Usage,
-        cancelled: threading.Event,
-        held: threading.Event,
-    ) -> Generator[TokenEvent, None, None]:
-        """Tokens of an answer, until the context is full or `cancelled` is set."""
-        self._turn.take()
-        held.set()
-        self._check_open()
-        engine, session, history = self._engine, self._session, list(ids)
+    def _tokens(self, request: _Request) -> Generator[TokenEvent, None, None]:
+        """Tokens of an answer, until the context is full or it is cancelled; has the turn from first to last."""
+        if not self._turn.take(request.cancelled):
+            return
+        try:
+            self._stream = request.stream
+            for event in self._run(self._open(), request):
+                yield event
+                self._turn.go_on()
+        finally:
+            self._turn.give_back()
+
+    def _run(self, parts: Parts, request: _Request) -> Iterator[TokenEvent]:
+        """Prefill, then a token at a time."""
+        engine, session, usage, history = parts.engine, parts.session, request.usage, list(request.ids)
         hits, misses, read = engine.residency.hits, engine.residency.misses, engine.residency.bytes_read
-        usage.cached_tokens = session.trim(ids)
+        usage.cached_tokens = session.trim(request.ids)
         n_rows = 0
-        for n in engine.prefill(ids[usage.cached_tokens :], session):
+        for n in engine.prefill(request.ids[usage.cached_tokens :], session):
             n_rows = n
-            if cancelled.is_set():
+            if request.cancelled.is_set():
                 return
         while True:
             logits = engine.last_logits(n_rows)
-            token = sampler.choose(logits, history)
+            token = request.sampler.choose(logits, history)
             history.append(token)
             usage.expert_hits = engine.residency.hits - hits
             usage.expert_misses = engine.residency.misses - misses
             usage.bytes_read = engine.residency.bytes_read - read
-            yield token, None if n_logprobs is None else TokenLogprob.of(logits, token, n_logprobs)
+            yield token, None if request.n_logprobs is None else TokenLogprob.of(logits, token, request.n_logprobs)
             if not session.room:
                 return
             engine.step([token], session)
@@ -314,12 +356,12 @@ class Model:
 
     def _rows(self, ids: list[int], first: int = 0) -> Iterator[tuple[int, Floats]]:
         """(position, logits (n, n_vocab)) of `ids` from `first` on, some rows at a time, from an empty context."""
-        self._check_open()
-        self._session.tokens.clear()
+        parts = self._open()
+        parts.session.tokens.clear()
         done = 0
-        for n in self._engine.prefill(ids, self._session):
+        for n in parts.engine.prefill(ids, parts.session):
             position = max(done, first)
-            for rows in self._engine.logits(n, position - done):
+            for rows in parts.engine.logits(n, position - done):
                 yield position, rows
                 position += len(rows)
             done += n
@@ -337,9 +379,17 @@ class Model:
             raise OptionError(f"token {outside} is outside the vocabulary of {self.config.n_vocab}")
         return ids
 
-    def _check_open(self) -> None:
-        if self._closed:
+    def _open(self) -> Parts:
+        """The parts of an open model."""
+        if self._parts is None or self._closing:
             raise EdgertError("this model is closed; load it again")
+        return self._parts
+
+
+def _handed_out(answer: Stream, request: _Request) -> Stream:
+    """An answer that the caller reads piece by piece, which Model.close() must find; not kept alive for that."""
+    request.stream = weakref.ref(answer)
+    return answer
 
 
 def describe(path_or_name: str | Path | None = None, *, context: int | None = None) -> dict[str, Any]:

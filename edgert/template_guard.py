@@ -63,7 +63,7 @@ class ControlTextGuard:
         if role in _ROLES:
             return role
         inside = any(role in text for text in self._texts)
-        return self._mark + role + self._mark if inside else self.mark(role)
+        return self._mark + self._break(role, self._texts) + self._mark if inside else self.mark(role)
 
     def mark_key(self, key: str) -> str:
         """The same for the name of a field, which templates look up: nothing changes unless it looks dangerous."""

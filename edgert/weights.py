@@ -5,6 +5,7 @@ Every tensor of the file must be asked for by somebody: one that is left over co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,8 +13,9 @@ from gguf import GGMLQuantizationType as Type
 
 from edgert.devices.base import Device, ExpertWeights, LayerWeights, Linear, Table
 from edgert.errors import ModelFileError, UnsupportedError
-from edgert.quant import ggml
-from edgert.quant.formats import Matrix
+from edgert.quant import ggml, packing
+from edgert.quant.formats import Format
+from edgert.quant.packing import StoredMatrix
 from edgert.storage.gguf_file import GgufFile
 from edgert.types import Floats, ModelConfig
 
@@ -27,6 +29,11 @@ class Weights:
         self.file, self.config, self._decode_to_f32 = file, config, decode_to_f32
         self._path = file.path
         c = config
+        if c.n_layers > len(file.tensors):  # before names are made of it
+            raise ModelFileError(
+                f"{self._path}: {c.architecture}.block_count is {c.n_layers}, but the file has only "
+                f"{len(file.tensors)} tensors; the file is damaged or made wrongly"
+            )
         self._wanted: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (c.n_vocab, c.d_model),
             "output_norm.weight": (c.d_model,),
@@ -89,11 +96,16 @@ class Weights:
     def _check(self) -> None:
         for name, shape in self._wanted.items():
             info = self.file.tensors.get(name)
+            if info is None and name.replace("_exps", ".0") in self.file.tensors:
+                raise UnsupportedError(
+                    f"{self._path}: it holds one tensor per expert ({name.replace('_exps', '.0')}), "
+                    "as old conversions do; take a newer conversion"
+                )
             if info is None:
                 raise ModelFileError(
                     f"{self._path}: the tensor {name} is missing; the file is incomplete, download or convert it again"
                 )
-            if info.shape != shape and int(np.prod(info.shape)) == int(np.prod(shape)) == shape[-1]:
+            if info.shape != shape and math.prod(info.shape) == math.prod(shape) == shape[-1]:
                 continue  # a vector stored as a matrix of one row
             if info.shape != shape:
                 raise ModelFileError(
@@ -114,13 +126,22 @@ class Weights:
     # ---- reading -----------------------------------------------------------------------------------------------------
     def _vector(self, name: str) -> Floats:
         info = self.file.tensors[name]
-        return ggml.to_float(self.file.read(name), info.type, (int(np.prod(info.shape)),))
+        return ggml.to_float(self.file.read(name), info.type, (math.prod(info.shape),))
 
-    def _matrix(self, name: str) -> Matrix:
+    def _matrix(self, name: str, first_row: int = 0, n_rows: int | None = None) -> StoredMatrix:
+        """Some rows of a tensor, by default all, read when they are packed."""
         info = self.file.tensors[name]
         n_in = info.shape[-1]
-        shape = int(np.prod(info.shape)) // n_in, n_in
-        return ggml.matrix(self.file.read(name), info.type, shape, decode_to_f32=self._decode_to_f32)
+        return StoredMatrix(
+            name=f"{self._path}: the tensor {name}",
+            kind=info.type,
+            shape=(math.prod(info.shape) // n_in if n_rows is None else n_rows, n_in),
+            format=self._format(name),
+            read_rows=lambda first, count: self.file.read_rows(name, first_row + first, count),
+        )
+
+    def _format(self, name: str) -> Format:
+        return ggml.format_for(self.file.tensors[name].type, decode_to_f32=self._decode_to_f32)
 
     def _optional(self, name: str) -> Floats | None:
         return self._vector(name) if name in self.file.tensors else None
@@ -132,12 +153,11 @@ class Weights:
                 for n in "qkv"
             ]
         c, name = self.config, f"{prefix}attn_qkv.weight"
-        info, bias = self.file.tensors[name], self._optional(f"{prefix}attn_qkv.bias")
+        bias = self._optional(f"{prefix}attn_qkv.bias")
         parts, start = [], 0
         for rows in (c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.n_kv_heads * c.d_value):
-            raw = self.file.read_rows(name, start, rows).reshape(-1)
-            matrix = ggml.matrix(raw, info.type, (rows, c.d_model), decode_to_f32=self._decode_to_f32)
-            parts.append(Linear(matrix, None if bias is None else bias[start : start + rows]))
+            of_part = None if bias is None else bias[start : start + rows]
+            parts.append(Linear(self._matrix(name, start, rows), of_part))
             start += rows
         return parts
 
@@ -166,17 +186,14 @@ class Weights:
         )
 
     def experts(self, layer: int) -> Iterator[ExpertWeights]:
-        """Experts of a layer, in ascending id; each is read when it is asked for."""
+        """Experts of a layer, in ascending id; each is read when it is packed."""
         c = self.config
         assert c.router is not None
-        shapes = {"gate": (c.d_expert, c.d_model), "up": (c.d_expert, c.d_model), "down": (c.d_model, c.d_expert)}
+        rows = {"gate": c.d_expert, "up": c.d_expert, "down": c.d_model}
         for expert in range(c.router.n_expert):
-            parts = []
-            for part, shape in shapes.items():
-                name = f"blk.{layer}.ffn_{part}_exps.weight"
-                raw = self.file.read_rows(name, expert * shape[0], shape[0]).reshape(-1)
-                parts.append(ggml.matrix(raw, self.file.tensors[name].type, shape, decode_to_f32=self._decode_to_f32))
-            yield ExpertWeights(*parts)
+            yield ExpertWeights(
+                *(self._matrix(f"blk.{layer}.ffn_{part}_exps.weight", expert * n, n) for part, n in rows.items())
+            )
 
     def load_into(self, device: Device, progress: Progress) -> list[Table | None]:
         """Give all weights to a device, layer by layer; its table of experts for each layer."""
@@ -216,10 +233,15 @@ class Weights:
         info = self.file.tensors[name]
         if len(info.shape) == 1 or (info.type == Type.F32 and name.endswith(".bias")):
             return 4 * info.shape[0]
-        n_in = info.shape[-1]
-        n_out = info.shape[-2]
-        count = int(np.prod(info.shape)) // (n_in * n_out)
-        return count * ggml.format_for(info.type, decode_to_f32=self._decode_to_f32).matrix_bytes(n_out, n_in)
+        n_out, n_in = info.shape[-2:]
+        return math.prod(info.shape[:-2]) * self._format(name).matrix_bytes(n_out, n_in)
+
+    def packing_bytes(self, name: str) -> int:
+        """Bytes that packing a tensor takes at its peak, beside the packed one."""
+        info = self.file.tensors[name]
+        if len(info.shape) == 1:
+            return info.n_bytes + 4 * info.shape[0]
+        return packing.packing_bytes(info.type, info.shape[-2], info.shape[-1])
 
     def is_cold(self, name: str) -> bool:
         """Whether a tensor holds routed experts."""

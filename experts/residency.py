@@ -7,12 +7,12 @@ groups cover every pair once, in any order. Here every expert is resident and th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from edgert.devices import routing
 from edgert.devices.base import ExpertGroup, Table
-from edgert.quant.jit import kernel
 from edgert.types import Ids, Routes
 
 
@@ -22,6 +22,7 @@ class Residency(Protocol):
     hits: int
     misses: int
     bytes_read: int
+    tables: Sequence[Table | None] | None  # of each layer, if every expert is in RAM for good
 
     def acquire(self, layer: int, routes: Routes) -> Iterator[ExpertGroup]:
         """Groups of resident experts that cover all routes, released when the next one is asked for."""
@@ -30,32 +31,11 @@ class Residency(Protocol):
         """What is wrong, one line each; empty if nothing is."""
 
 
-@kernel
-def _sort_pairs(ids: Any, n_expert: int, first: Any, tokens: Any, slots: Any) -> None:
-    """Sort the pairs of ids (n_tokens, top_k) by expert, tokens ascending: counting sort into first, tokens, slots."""
-    n_tokens, top_k = ids.shape
-    first[:] = 0
-    for t in range(n_tokens):
-        for k in range(top_k):
-            first[ids[t, k] + 1] += 1
-    for e in range(n_expert):
-        first[e + 1] += first[e]
-    for t in range(n_tokens):
-        for k in range(top_k):
-            expert = ids[t, k]
-            at = first[expert]
-            tokens[at], slots[at] = t, t * top_k + k
-            first[expert] += 1
-    for e in range(n_expert, 0, -1):
-        first[e] = first[e - 1]
-    first[0] = 0
-
-
 def sort_pairs(routes: Routes, n_expert: int) -> tuple[Ids, Ids, Ids]:
     """first (n_expert + 1,), tokens and slots (n_tokens * top_k,): the pairs of `routes`, expert by expert."""
     n_pairs = routes.ids.size
     first, tokens, slots = np.empty(n_expert + 1, np.int64), np.empty(n_pairs, np.int64), np.empty(n_pairs, np.int64)
-    _sort_pairs(routes.ids, n_expert, first, tokens, slots)
+    routing.sort_pairs(routes.ids, first, tokens, slots)
     return first, tokens, slots
 
 
@@ -63,12 +43,12 @@ class AllResident:
     """Every expert of every layer is in RAM."""
 
     def __init__(self, tables: Sequence[Table | None]) -> None:
-        self._tables = tables
+        self.tables: Sequence[Table | None] | None = tables
         self.hits, self.misses, self.bytes_read = 0, 0, 0
 
     def acquire(self, layer: int, routes: Routes) -> Iterator[ExpertGroup]:
         """One group: all experts that any token chose."""
-        table = self._tables[layer]
+        table = self.tables[layer] if self.tables else None
         assert table is not None, f"layer {layer} has no experts"
         first, tokens, slots = sort_pairs(routes, len(table))
         used = np.flatnonzero(first[1:] > first[:-1])

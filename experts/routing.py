@@ -6,62 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from edgert.devices import routing
 from edgert.quant import reference
-from edgert.quant.functions import exp, sigmoid
-from edgert.quant.jit import JIT_ENABLED, kernel
-from edgert.quant.simd import first_lane, splat
+from edgert.quant.jit import JIT_ENABLED
 from edgert.types import Floats, RouterConfig, Routes
-
-SMALLEST_SUM = np.float32(6.103515625e-5)  # normalisation divides by no less (the smallest normal half float)
-
-
-@kernel
-def _choose(
-    scores: Any,
-    n_expert: int,
-    softmax: bool,
-    normalise: bool,
-    scale: float,
-    probabilities: Any,
-    ids: Any,
-    weights: Any,
-    order: Any,
-) -> None:
-    """Fill ids, weights and order (n_tokens, top_k) from scores (n_tokens, at least n_expert)."""
-    n_tokens, top_k = ids.shape
-    for t in range(n_tokens):
-        largest = np.float32(-np.inf)
-        for e in range(n_expert):
-            largest = max(largest, scores[t, e])
-        total = np.float32(0)
-        for e in range(n_expert):
-            if softmax:
-                probabilities[e] = first_lane(exp(splat(scores[t, e] - largest)))
-                total += probabilities[e]
-            else:
-                probabilities[e] = first_lane(sigmoid(splat(scores[t, e])))
-        if softmax:
-            for e in range(n_expert):
-                probabilities[e] /= total
-        chosen = np.float32(0)
-        for k in range(top_k):
-            best = -1
-            for e in range(n_expert):
-                taken = False
-                for before in range(k):
-                    taken = taken or ids[t, before] == e
-                if not taken and (best < 0 or probabilities[e] > probabilities[best]):
-                    best = e
-            ids[t, k], weights[t, k] = best, probabilities[best]
-            chosen += probabilities[best]
-        for k in range(top_k):
-            if normalise:
-                weights[t, k] /= max(chosen, SMALLEST_SUM)
-            weights[t, k] *= np.float32(scale)
-            smaller = 0
-            for other in range(top_k):
-                smaller += ids[t, other] < ids[t, k]
-            order[t, smaller] = k
 
 
 class Router:
@@ -75,10 +23,9 @@ class Router:
         """Routes for scores (n_tokens, n_expert or more columns of padding)."""
         shape = scores.shape[0], self.config.top_k
         routes = Routes(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int64))
-        fill = _choose if JIT_ENABLED else choose_reference
+        fill = routing.choose if JIT_ENABLED else choose_reference
         fill(
             scores,
-            self.config.n_expert,
             self.config.gating == "softmax",
             self.config.normalise,
             self.config.scale,
@@ -92,7 +39,6 @@ class Router:
 
 def choose_reference(
     scores: Floats,
-    n_expert: int,
     softmax: bool,
     normalise: bool,
     scale: float,
@@ -102,7 +48,7 @@ def choose_reference(
     order: Any,
 ) -> None:
     """The same in NumPy."""
-    scores = scores[:, :n_expert]
+    scores = scores[:, : len(probabilities)]
     if softmax:
         shares = reference.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= np.add.accumulate(shares, axis=1, dtype=np.float32)[:, -1:]
@@ -111,6 +57,6 @@ def choose_reference(
     ids[:] = np.argsort(-shares, axis=1, kind="stable")[:, : ids.shape[1]]
     weights[:] = np.take_along_axis(shares, ids, axis=1)
     if normalise:
-        weights /= np.maximum(np.add.accumulate(weights, axis=1, dtype=np.float32)[:, -1:], SMALLEST_SUM)
+        weights /= np.maximum(np.add.accumulate(weights, axis=1, dtype=np.float32)[:, -1:], routing.SMALLEST_SUM)
     weights *= np.float32(scale)
     order[:] = np.argsort(ids, axis=1)

@@ -9,6 +9,7 @@ reading of every format stands here too (`Matrix.to_float`): tests hold the kern
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,24 @@ F32 = Format(5, "f32", bits=32)
 FORMATS = {format.name: format for format in (INT4, INT4_MIN, INT8, F16, BF16, F32)}
 
 
+class MatrixSource(Protocol):
+    """What a device takes for a matrix: it may still lie in a file, and be read only when it is packed."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_out, n_in)."""
+
+    @property
+    def format(self) -> Format:
+        """The format that it packs to."""
+
+    def pack(self, out: npt.NDArray[np.uint8]) -> None:
+        """Write the tiles into `out`, uint8 (format.matrix_bytes(*shape),)."""
+
+    def whole(self) -> Matrix:
+        """All of the matrix, unpacked."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A matrix before packing: (n_out, n_in) in one format.
@@ -70,6 +89,10 @@ class Matrix:
     def shape(self) -> tuple[int, int]:
         """(n_out, n_in)."""
         return self.values.shape[0], self.values.shape[1]
+
+    def whole(self) -> Matrix:
+        """Itself; see MatrixSource."""
+        return self
 
     def to_float(self) -> npt.NDArray[np.float32]:
         """The weights, float32 (n_out, n_in), each rounded once."""

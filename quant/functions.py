@@ -20,6 +20,7 @@ from edgert.quant.simd import (
     max_lanes,
     maximum,
     round_i32,
+    saturate_exp,
     scale_by_power,
     splat,
     splat_i32,
@@ -30,12 +31,12 @@ from edgert.quant.simd import (
     sum_lanes,
     sum_lanes_i32,
     to_f32,
-    zero_below,
 )
 
 _LOG2_E, _LN2_HIGH, _LN2_LOW = reference.LOG2_E, -reference.LN2_HIGH, -reference.LN2_LOW
 _LOWEST, _HIGHEST = reference.EXP_LOWEST, reference.EXP_HIGHEST
 _P5, _P4, _P3, _P2, _P1, _P0 = reference.EXP_COEFFICIENTS
+_TINY = reference.SMALLEST_GROUP
 _ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
 
 
@@ -54,7 +55,7 @@ def exp(x: Any) -> Any:
     p = fma(p, r, splat(_P1))
     p = fma(p, r, splat(_P0))
     y = fma(p, r * r, r) + splat(_ONE)
-    return zero_below(scale_by_power(y, exponent), x, low)
+    return saturate_exp(scale_by_power(y, exponent), x, low, splat(_HIGHEST))
 
 
 @kernel
@@ -89,7 +90,7 @@ def quantise_row(x: int, n: int, integers: int, scales: int, sums: int) -> None:
         low, high = load_f32(x + 128 * group), load_f32(x + 128 * group + 64)
         largest = max_lanes(maximum(absolute(low), absolute(high)))
         inverse = _ZERO
-        if largest > _ZERO:
+        if largest > _TINY:
             inverse = _127 / largest
         a, b = round_i32(low * splat(inverse)), round_i32(high * splat(inverse))
         store_i8(integers + 32 * group, a)

@@ -1,7 +1,7 @@
 """From ggml's tensor types to edgert's formats.
 
 Q4_0, Q4_1, Q8_0, F16, BF16 and F32 carry over exactly: the same integers, the same scales. Every other type that the
-`gguf` package can decode becomes F16 (or F32, where exactness to the last bit is asked for or half would overflow).
+`gguf` package can decode becomes F16, or F32 where exactness to the last bit is asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ def format_for(kind: Type, *, decode_to_f32: bool = False) -> Format:
     return _EXACT.get(kind, F32 if decode_to_f32 else F16)
 
 
+def is_exact(kind: Type) -> bool:
+    """Whether tensors of ggml type `kind` carry over as they are."""
+    return kind in _EXACT
+
+
 @functools.cache
 def is_decodable(kind: Type) -> bool:
     """Whether `gguf` knows how to turn `kind` into floats."""
@@ -33,10 +38,11 @@ def is_decodable(kind: Type) -> bool:
     return True
 
 
-def matrix(raw: npt.NDArray[np.uint8], kind: Type, shape: tuple[int, int], *, decode_to_f32: bool = False) -> Matrix:
-    """The matrix (n_out, n_in) that the bytes of a ggml tensor hold.
+def matrix(raw: npt.NDArray[np.uint8], kind: Type, shape: tuple[int, int], format: Format) -> Matrix:
+    """The matrix (n_out, n_in) that the bytes of a ggml tensor hold, in the format that `format_for` gave.
 
-    raw: uint8 (n_bytes,), the whole tensor or whole rows of it.
+    raw: uint8 (n_bytes,), the whole tensor or whole rows of it. Raises OverflowError where the format is F16 and a
+    decoded weight is beyond it.
     """
     n_out, n_in = shape
     if kind in (Type.F16, Type.F32):
@@ -44,7 +50,7 @@ def matrix(raw: npt.NDArray[np.uint8], kind: Type, shape: tuple[int, int], *, de
     if kind == Type.BF16:
         return Matrix(BF16, raw.view(np.uint16).reshape(shape))
     if kind not in _EXACT:
-        return _decoded(raw, kind, shape, decode_to_f32)
+        return _decoded(raw, kind, shape, format)
     blocks = raw.reshape(n_out, n_in // GROUP, -1)
     scales = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0]
     if kind == Type.Q8_0:
@@ -56,12 +62,15 @@ def matrix(raw: npt.NDArray[np.uint8], kind: Type, shape: tuple[int, int], *, de
     return Matrix(INT4_MIN, values, scales, np.ascontiguousarray(blocks[:, :, 2:4]).view(np.float16)[:, :, 0])
 
 
-def _decoded(raw: npt.NDArray[np.uint8], kind: Type, shape: tuple[int, int], decode_to_f32: bool) -> Matrix:
+def _decoded(raw: npt.NDArray[np.uint8], kind: Type, shape: tuple[int, int], format: Format) -> Matrix:
     weights = to_float(raw, kind, shape)
-    half_overflows = bool(np.abs(weights).max(initial=0.0) > np.finfo(np.float16).max)
-    if decode_to_f32 or half_overflows:
+    if format is F32:
         return Matrix(F32, weights)
-    return Matrix(F16, weights.astype(np.float16))
+    with np.errstate(over="ignore"):
+        halves = weights.astype(np.float16)
+    if np.isinf(halves).any():
+        raise OverflowError("weights beyond half precision")
+    return Matrix(F16, halves)
 
 
 def to_float(raw: npt.NDArray[np.uint8], kind: Type, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

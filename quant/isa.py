@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from dataclasses import dataclass
 
 from edgert.errors import OptionError
@@ -29,10 +30,20 @@ PATHS = (
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """The features that LLVM reports for this machine."""
+    """The features, by LLVM's names, that numba compiles for: this machine's, unless NUMBA_CPU_NAME says otherwise."""
     from llvmlite import binding
+    from numba.core import config
 
+    if config.CPU_NAME and config.CPU_NAME != binding.get_host_cpu_name() and not config.CPU_FEATURES:
+        return frozenset()  # what a named CPU has, only LLVM knows
+    if config.CPU_FEATURES is not None:
+        return frozenset(name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+"))
     return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
+
+
+def has_half_floats() -> bool:
+    """Whether halves are converted by an instruction; LLVM would call a function that is not there instead."""
+    return platform.machine() == "aarch64" or "f16c" in cpu_features()
 
 
 @functools.cache
@@ -56,10 +67,15 @@ def vpdpbusd_takes_bytes() -> bool:
     """Whether this LLVM types the bytes of vpdpbusd as bytes; older ones type them as the int32 lanes they fill."""
     from llvmlite import binding
 
-    text = "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)"
+    name, types = "@llvm.x86.avx512.vpdpbusd.512", "<16 x i32> {}, <64 x i8> {}, <64 x i8> {}"
+    text = f"""
+        declare <16 x i32> {name}({types.format("", "", "")})
+        define <16 x i32> @probe({types.format("%a", "%b", "%c")}) {{
+            %d = call <16 x i32> {name}({types.format("%a", "%b", "%c")})
+            ret <16 x i32> %d
+        }}"""
     try:
-        module = binding.parse_assembly(text)
-        module.verify()
-        return "<64 x i8>" in str(module)
+        binding.parse_assembly(text).verify()  # a call is checked, a mere declaration is not
+        return True
     except RuntimeError:
         return False

@@ -8,11 +8,16 @@ NUMBA_CACHE_DIR is neither read nor set.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import os
+import re
+import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,19 +30,69 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLoca
 from edgert.quant import isa
 
 JIT_ENABLED = not config.DISABLE_JIT
+_STAMP = re.compile("[0-9a-f]{24}")
+_KEPT_DAYS = 30  # since the kernels of a state of the sources were last used
 _FOLDERS = ("edgert.quant", "edgert.devices", "edgert.experts")
 
 
 def cache_root() -> Path:
-    """The folder under which compiled kernels are kept, one sub-folder for each state of the sources."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """The folder under which compiled kernels are kept, one sub-folder for each state of the sources.
+
+    It is in the user's cache folder; for a user without a home, in a folder of the temporary one that is theirs alone.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:  # neither HOME nor an entry in the list of users
+            base = _private_folder(tempfile.gettempdir())
     return Path(base) / "edgert" / "kernels"
+
+
+@functools.cache
+def _private_folder(parent: str) -> str:
+    """A folder that only this user can write, the same for all their processes: code is loaded from it."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    path = Path(parent) / f"edgert-{user}"
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700)
+    try:
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o022:
+            return str(path)
+    except OSError:
+        pass
+    own = tempfile.mkdtemp(prefix="edgert-", dir=parent)  # somebody else took the name: this process compiles anew
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
+
+
+@functools.cache
+def _make_folder(path: Path) -> None:
+    """Make the folder of one state of the sources, and remove those of others that were not used for long."""
+    if path.is_dir():
+        return
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    oldest = time.time() - 86400 * _KEPT_DAYS
+    for other in path.parent.iterdir():
+        with contextlib.suppress(OSError):  # another process removes it too
+            if _STAMP.fullmatch(other.name) and other.stat().st_mtime < oldest:
+                shutil.rmtree(other, ignore_errors=True)
+
+
+@functools.cache
+def _note_use(path: str) -> None:
+    """Set the folder's time, which _make_folder goes by."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 @functools.cache
 def source_stamp() -> str:
     """Digest over all that decides the machine code except the CPU, which numba adds to its key by itself."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {isa.choose().name}".encode())
+    digest = hashlib.sha256(
+        f"{numba.__version__} {llvmlite.__version__} {isa.choose().name} {isa.has_half_floats()}".encode()
+    )
     for name in _FOLDERS:
         for path in sorted(_folder(name).glob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -57,7 +112,7 @@ class _KernelLocator(_CacheLocator):
         self._path = cache_root() / source_stamp()
 
     def ensure_cache_path(self) -> None:
-        self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(self._path)
         tempfile.TemporaryFile(dir=self._path).close()
 
     def get_cache_path(self) -> str:
@@ -85,11 +140,14 @@ class _KernelCache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception:  # a truncated or foreign pickle can raise anything
             with contextlib.suppress(OSError):
                 self.flush()
             return None
+        if found is not None:
+            _note_use(self._cache_path)
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):

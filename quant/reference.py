@@ -18,7 +18,8 @@ LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH = np.float32(0.693359375)  # Cody and Waite: n * LN2_HIGH is exact for |n| < 2**13
 LN2_LOW = np.float32(-2.12194440e-4)
 EXP_LOWEST = np.float32(-87.0)  # below: exactly 0
-EXP_HIGHEST = np.float32(88.0)  # above: exp(88)
+EXP_HIGHEST = np.float32(88.0)  # above: infinite
+SMALLEST_GROUP = np.float32(2.0**-100)  # a group of activations below is zero: 127 / x would overflow
 # exp(r) = 1 + r + r**2 * p(r) for |r| <= ln(2) / 2; p of degree 5 fitted at Chebyshev nodes, highest power first
 EXP_COEFFICIENTS = tuple(
     np.float32(c)
@@ -54,7 +55,7 @@ def sum_lanes(values: Array) -> Array:
 
 
 def exp(x: Array) -> Array:
-    """e**x, float32, relative error below 2e-7; 0 below -87, exp(88) above 88."""
+    """e**x, float32, relative error below 2e-7; 0 below -87, infinite above 88."""
     clamped = np.minimum(np.maximum(x, EXP_LOWEST), EXP_HIGHEST)
     n = np.rint(clamped * LOG2_E)
     r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, clamped))
@@ -62,8 +63,9 @@ def exp(x: Array) -> Array:
     for coefficient in EXP_COEFFICIENTS[1:]:
         p = fma(p, r, coefficient)
     y = fma(p, r * r, r) + np.float32(1.0)
-    scale = ((n.astype(np.int32) + 127) << 23).view(np.float32)
-    return np.where(x < EXP_LOWEST, np.float32(0.0), y * scale)
+    with np.errstate(invalid="ignore"):  # not a number stays one, through y
+        scale = ((n.astype(np.int32) + 127) << 23).view(np.float32)
+    return np.where(x < EXP_LOWEST, np.float32(0.0), np.where(x > EXP_HIGHEST, np.float32(np.inf), y * scale))
 
 
 def sigmoid(x: Array) -> Array:
@@ -94,8 +96,8 @@ def quantise_activations(x: Array) -> tuple[npt.NDArray[np.int8], Array]:
     """Integers int8 (n, d) and scales float32 (n, d / 32) with x ~ integer * scale; d is a multiple of 32."""
     groups = x.reshape(x.shape[0], -1, GROUP)
     largest = np.abs(groups).max(axis=2)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(largest > 0, np.float32(127.0) / largest, np.float32(0.0))
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(largest > SMALLEST_GROUP, np.float32(127.0) / largest, np.float32(0.0))
     integers = np.rint(groups * inverse[:, :, None]).astype(np.int8)
     return integers.reshape(x.shape), largest / np.float32(127.0)
 

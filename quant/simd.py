@@ -7,6 +7,7 @@ Float operations are single IEEE operations: no contraction, no reassociation.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +86,49 @@ def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(vector, [value] * vector.count)
 
 
+# ---- half floats, where the CPU has no instruction for them ----------------------------------------------------------
+def _like(shape: Any, kind: ir.Type, value: float | None = None) -> Any:
+    """`kind` in the shape (vector or scalar) of the LLVM type `shape`: the type, or a constant of it."""
+    vector = isinstance(shape, ir.VectorType)
+    made = ir.VectorType(kind, shape.count) if vector else kind
+    return made if value is None else made([value] * shape.count if vector else value)
+
+
+def _widen(builder: ir.IRBuilder, bits: Any) -> Any:
+    """Half floats, as int16, to floats; exact."""
+    if isa.has_half_floats():
+        return builder.fpext(builder.bitcast(bits, _like(bits.type, _F16)), _like(bits.type, _F32))
+    wide = builder.zext(bits, _like(bits.type, _I32))
+    number = functools.partial(_like, wide.type, _I32)
+    sign = builder.shl(builder.and_(wide, number(0x8000)), number(16))
+    magnitude = builder.shl(builder.and_(wide, number(0x7FFF)), number(13))
+    scaled = builder.fmul(builder.bitcast(magnitude, _like(wide.type, _F32)), _like(wide.type, _F32, 2.0**112))
+    finite = builder.icmp_unsigned("<", magnitude, number(0x7C00 << 13))
+    special = builder.or_(magnitude, number(0x7F800000))  # infinite, or not a number
+    result = builder.select(finite, builder.bitcast(scaled, wide.type), special)
+    return builder.bitcast(builder.or_(result, sign), _like(wide.type, _F32))
+
+
+def _narrow(builder: ir.IRBuilder, value: Any) -> Any:
+    """Floats to half floats as int16, to nearest, ties to even."""
+    if isa.has_half_floats():
+        return builder.bitcast(builder.fptrunc(value, _like(value.type, _F16)), _like(value.type, _I16))
+    bits = builder.bitcast(value, _like(value.type, _I32))
+    number = functools.partial(_like, bits.type, _I32)
+    sign = builder.and_(builder.lshr(bits, number(16)), number(0x8000))
+    bits = builder.and_(bits, number(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(bits, number(13)), number(1))
+    normal = builder.lshr(builder.add(builder.add(bits, number(0xC8000FFF)), odd), number(13))
+    half = _like(value.type, _F32, 0.5)  # its last mantissa bit is the smallest half float
+    shifted = builder.fadd(builder.bitcast(bits, half.type), half)
+    small = builder.sub(builder.bitcast(shifted, bits.type), number(0x3F000000))
+    nan = builder.icmp_unsigned(">", bits, number(0x7F800000))
+    large = builder.select(nan, number(0x7E00), number(0x7C00))
+    result = builder.select(builder.icmp_unsigned("<", bits, number(0x38800000)), small, normal)
+    result = builder.select(builder.icmp_unsigned(">=", bits, number(0x47800000)), large, result)
+    return builder.trunc(builder.or_(result, sign), _like(value.type, _I16))
+
+
 # ---- memory: addresses are integers, no alignment is assumed ---------------------------------------------------------
 @_operation(f32x16, types.intp)
 def load_f32(builder: ir.IRBuilder, address: Any) -> Any:
@@ -95,7 +139,7 @@ def load_f32(builder: ir.IRBuilder, address: Any) -> Any:
 @_operation(f32x16, types.intp)
 def load_f16(builder: ir.IRBuilder, address: Any) -> Any:
     """16 half floats, widened."""
-    return builder.fpext(_load(builder, address, ir.VectorType(_F16, 16)), _V_F32)
+    return _widen(builder, _load(builder, address, ir.VectorType(_I16, 16)))
 
 
 @_operation(f32x16, types.intp)
@@ -126,13 +170,13 @@ def store_f32(builder: ir.IRBuilder, address: Any, value: Any) -> None:
 @_operation(types.void, types.intp, f32x16)
 def store_f16(builder: ir.IRBuilder, address: Any, value: Any) -> None:
     """16 floats, rounded to half, ties to even."""
-    _store(builder, address, builder.fptrunc(value, ir.VectorType(_F16, 16)))
+    _store(builder, address, _narrow(builder, value))
 
 
 @_operation(types.void, types.intp, types.float32)
 def store_half(builder: ir.IRBuilder, address: Any, value: Any) -> None:
     """One float, rounded to half, ties to even."""
-    _store(builder, address, builder.fptrunc(value, _F16))
+    _store(builder, address, _narrow(builder, value))
 
 
 @_operation(types.void, types.intp, types.float32)
@@ -213,7 +257,13 @@ def sum_lanes_i32(builder: ir.IRBuilder, value: Any) -> Any:
 
 
 def _larger(builder: ir.IRBuilder) -> Callable[[Any, Any], Any]:
-    return lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
+    """The larger of two; not a number if either is not."""
+
+    def larger(a: Any, b: Any) -> Any:
+        greater = builder.select(builder.fcmp_ordered(">", a, b), a, b)
+        return builder.select(builder.fcmp_unordered("uno", a, a), a, greater)
+
+    return larger
 
 
 @_operation(types.float32, f32x16)
@@ -245,7 +295,7 @@ def fma1(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
 
 @_operation(f32x16, f32x16, f32x16)
 def maximum(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
-    """The larger of each lane; b where either is not a number."""
+    """The larger of each lane; not a number where either is not."""
     return _larger(builder)(a, b)
 
 
@@ -259,8 +309,7 @@ def absolute(builder: ir.IRBuilder, a: Any) -> Any:
 def round_i32(builder: ir.IRBuilder, a: Any) -> Any:
     """Nearest integer, ties to even. |a| must be below 2**22."""
     magic = _constant(_V_F32, 12582912.0)  # 1.5 * 2**23: its last mantissa bit is worth one
-    near = builder.fsub(builder.fadd(a, magic), magic)
-    return builder.fptosi(near, _V_I32)
+    return builder.sub(builder.bitcast(builder.fadd(a, magic), _V_I32), _constant(_V_I32, 0x4B400000))
 
 
 @_operation(f32x16, i32x16)
@@ -276,10 +325,11 @@ def scale_by_power(builder: ir.IRBuilder, a: Any, exponent: Any) -> Any:
     return builder.fmul(a, builder.bitcast(bits, _V_F32))
 
 
-@_operation(f32x16, f32x16, f32x16, f32x16)
-def zero_below(builder: ir.IRBuilder, value: Any, x: Any, bound: Any) -> Any:
-    """`value`, but 0 in the lanes where x < bound."""
-    return builder.select(builder.fcmp_ordered("<", x, bound), _constant(_V_F32, 0.0), value)
+@_operation(f32x16, f32x16, f32x16, f32x16, f32x16)
+def saturate_exp(builder: ir.IRBuilder, value: Any, x: Any, low: Any, high: Any) -> Any:
+    """`value`, but 0 in the lanes where x < low, and infinite where x > high."""
+    value = builder.select(builder.fcmp_ordered("<", x, low), _constant(_V_F32, 0.0), value)
+    return builder.select(builder.fcmp_ordered(">", x, high), _constant(_V_F32, float("inf")), value)
 
 
 @_operation(i32x16, i32x16, i32x16)

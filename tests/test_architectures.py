@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import golden_path
+from models import engine_of, golden, golden_path, run
 
 from edgert.architectures import read_config, supported
 from edgert.devices.base import rope_angles
+from edgert.devices.cpu import CpuDevice
+from edgert.devices.reference import ReferenceDevice
 from edgert.errors import EdgertError, ModelFileError, UnsupportedError
 from edgert.storage.gguf_file import GgufFile
 from edgert.weights import Weights
@@ -49,7 +51,27 @@ def test_supported_architectures_are_found() -> None:
             ModelFileError,
             "logit_scale is 0.0, not a number above zero",
         ),
-        ("llama-f32", "llama.attention.head_count_kv", np.array([2, 1]), ModelFileError, "head_count_kv is array"),
+        (
+            "llama-f32",
+            "llama.attention.head_count_kv",
+            np.array([2, 1]),
+            UnsupportedError,
+            "llama.attention.head_count_kv differs between layers (1 to 2)",
+        ),
+        ("llama-f32", "llama.attention.head_count_kv", np.array([2.5, 2.5]), ModelFileError, "head_count_kv is array"),
+        ("llama-f32", "llama.rope.dimension_count", 8, ModelFileError, "dimension_count is 8, not the head size 16"),
+        ("llama-f32", "llama.rope.scaling.factor", -2.0, ModelFileError, "rope.scaling.factor is -2.0, not a number"),
+        ("llama-f32", "llama.rope.scale_linear", -2.0, ModelFileError, "rope.scale_linear is -2.0, not a number"),
+        (
+            "llama-f32",
+            "llama.attention.scale",
+            -1.0,
+            ModelFileError,
+            "attention.scale is -1.0, not a number above zero",
+        ),
+        ("llama-f32", "llama.expert_weights_scale", 2.5, UnsupportedError, "expert_weights_scale = 2.5"),
+        ("llama-f32", "llama.expert_shared_feed_forward_length", 8, UnsupportedError, "feed_forward_length = 8"),
+        ("granitemoe-f32", "granitemoe.rope.scaling.finetuned", "no", ModelFileError, "'no', not true or false"),
     ],
 )
 def test_refusals_name_the_key_and_the_value(
@@ -65,9 +87,85 @@ def test_refusals_name_the_key_and_the_value(
     assert message in str(caught.value) and str(caught.value).startswith("some.gguf") and "\n" not in str(caught.value)
 
 
-def test_harmless_keys_are_let_through() -> None:
-    changed = metadata("llama-f32") | {"llama.attention.sliding_window": 0, "llama.expert_group_count": 1}
-    assert read_config(changed, "some.gguf") == read_config(metadata("llama-f32"), "some.gguf")
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("llama-f32", "attention.sliding_window", 0),
+        ("llama-f32", "expert_group_count", 1),
+        ("llama-f32", "attention.head_count_kv", np.array([2, 2])),
+        ("llama-f32", "attention.scale", 0.0),
+        ("llama-f32", "rope.scaling.finetuned", False),
+        ("llama-f32", "rope.scaling.factor", 0.0),
+        ("llama-f32", "rope.scale_linear", 1.0),
+        ("qwen3moe-f32", "expert_shared_feed_forward_length", 0),  # as Qwen3-Coder-30B-A3B has it
+        ("qwen3moe-f32", "expert_weights_scale", 0.0),
+        ("qwen3moe-f32", "expert_weights_scale", 1.0),
+        ("granitemoe-f32", "rope.scaling.finetuned", True),
+        ("granitemoe-f32", "expert_shared_feed_forward_length", 0),
+    ],
+)
+def test_harmless_keys_are_let_through(name: str, key: str, value: Any) -> None:
+    architecture = name.removesuffix("-f32")
+    changed = metadata(name) | {f"{architecture}.{key}": value}
+    assert read_config(changed, "some.gguf") == read_config(metadata(name), "some.gguf")
+
+
+def test_multipliers_of_zero_are_none() -> None:
+    zero = dict.fromkeys(["granitemoe.attention.scale", "granitemoe.residual_scale", "granitemoe.embedding_scale"], 0.0)
+    config = read_config(metadata("granitemoe-f32") | zero, "some.gguf")
+    assert (config.attention_scale, config.residual_scale, config.embedding_scale) == (0.25, 1.0, 1.0)
+
+
+def test_the_old_name_of_the_linear_factor() -> None:
+    old = {"llama.rope.scale_linear": 4.0}
+    rope = read_config(metadata("llama-f32") | old, "some.gguf").rope
+    assert (rope.scaling, rope.factor) == ("linear", 4.0)
+    both = read_config(metadata("llama-f32") | old | {"llama.rope.scaling.factor": 2.0}, "some.gguf")
+    assert both.rope.factor == 2.0
+
+
+def test_expert_widths_that_older_files_leave_out() -> None:
+    old = metadata("qwen2moe-f32")
+    del old["qwen2moe.expert_feed_forward_length"], old["qwen2moe.expert_shared_feed_forward_length"]
+    config = read_config(old, "some.gguf")
+    assert (config.d_expert, config.d_shared) == (64 // 2, 64)
+    old = metadata("qwen3moe-f32") | {"qwen3moe.expert_feed_forward_length": 0}
+    assert read_config(old, "some.gguf").d_expert == 96 // 2
+    del old["qwen3moe.feed_forward_length"]
+    with pytest.raises(ModelFileError, match=r"qwen3moe\.feed_forward_length is missing"):
+        read_config(old, "some.gguf")
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+def test_granite_without_rotation(tmp_path: Path, kv_type: str) -> None:
+    """`rope.scaling.finetuned` false turns the rotation off there: exactly as the reference device computes it."""
+    path = rewritten(golden_path("granitemoe-f32"), tmp_path / "still.gguf")
+    tokens = golden("granitemoe-f32")[1]["tokens"].tolist()
+    options = {"kv_type": kv_type, "activations": "f32"}
+    engine, session = engine_of(path, device=CpuDevice, **options)
+    assert engine.config.rope.n_rotated == 0
+    logits = run(engine, session, tokens)
+    assert (logits == run(*engine_of(path, device=ReferenceDevice, **options), tokens)).all()
+    assert np.abs(logits - run(*engine_of(golden_path("granitemoe-f32"), **options), tokens)).max() > 0.01
+
+
+def rewritten(source: Path, target: Path) -> Path:
+    """A copy of a granitemoe file that says that nothing is rotated."""
+    import gguf
+
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "granitemoe")
+    for name, entry in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kinds = entry.types
+            writer.add_key_value(name, entry.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    writer.add_bool("granitemoe.rope.scaling.finetuned", False)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
 
 
 def test_tensors_must_be_there_fit_and_be_known(tmp_path: Path) -> None:
@@ -108,3 +206,11 @@ def test_rotation_angles() -> None:
     # 64 positions turn pair i by 64 * 10000**(-i/16) radians: more than 32 turns never, less than one from pair 5 on
     assert np.allclose(angles[4, 0], [np.cos(4.0) * magnitude, np.sin(4.0) * magnitude], rtol=1e-6)
     assert np.allclose(angles[4, 15, 1], np.sin(4 * 10000 ** (-15 / 16) / 4) * magnitude, rtol=1e-6)
+
+
+def test_one_tensor_per_expert_is_named() -> None:
+    with GgufFile.open(golden_path("llama-f32")) as file:
+        config = read_config(file.metadata, "some.gguf")
+        file.tensors["blk.0.ffn_gate.0.weight"] = file.tensors.pop("blk.0.ffn_gate_exps.weight")
+        with pytest.raises(UnsupportedError, match="one tensor per expert"):
+            Weights(file, config)

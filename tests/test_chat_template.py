@@ -516,3 +516,12 @@ def test_one_start_token(source: str, add_bos: bool, expected: list[str]) -> Non
     tokenizer = Tokenizer.from_metadata(sentencepiece({"▁": -9.0, "a": -9.0, "▁a": -1.0}, add_bos_token=add_bos))
     ids = make(source or "{# nothing #}", tokenizer).encode(HELLO)
     assert [tokenizer.token_text(id_) for id_ in ids] == expected
+
+
+@pytest.mark.parametrize("role", CONTROLS)
+def test_a_role_that_is_a_control_token_stays_text(role: str) -> None:
+    template = make("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    harmless = template.encode([{"role": "someone", "content": "x"}])
+    hostile = template.encode([{"role": role, "content": "x"}])
+    assert [i for i in hostile if TOKENIZER.is_control(i)] == [i for i in harmless if TOKENIZER.is_control(i)]
+    assert role in TOKENIZER.decode(hostile)

@@ -246,9 +246,9 @@ def test_a_large_vocabulary_opens_quickly(tmp_path: Path) -> None:
     assert spent < 1.0  # about 0.06 s; gguf.GGUFReader needs 4 s
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = "import edgert.storage.gguf_file, sys; print({'numba', 'onnxruntime'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == "set()"
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from edgert.quant import jit
 
@@ -37,7 +40,10 @@ def test_an_edit_in_another_file_is_seen(tmp_path: Path) -> None:
     (sources / "called.py").write_text(CALLED.format(10))
     first = run(sources, cache)
     assert first.startswith("16 {}")
+    (folder,) = (cache / "edgert" / "kernels").iterdir()
+    os.utime(folder, (0, 0))
     second = run(sources, cache)
+    assert folder.stat().st_mtime > time.time() - 3600, "its use was not noted"
     assert second.startswith("16 {(int64,): 1}"), "the second process compiled again"
     (sources / "called.py").write_text(CALLED.format(100))
     assert run(sources, cache).startswith("106 {}")
@@ -57,6 +63,36 @@ def test_a_damaged_or_unwritable_cache_only_costs_time(tmp_path: Path) -> None:
     blocked.mkdir()
     (blocked / "edgert").write_text("a file where the cache wants a folder")
     assert run(sources, blocked).startswith("7 {}")
+
+
+def test_a_user_without_a_home_gets_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(jit.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"edgert-{os.getuid()}"
+    jit._private_folder.cache_clear()
+    assert jit.cache_root() == folder / "edgert" / "kernels" and folder.stat().st_mode & 0o777 == 0o700
+    for spoil in (lambda: folder.chmod(0o777), lambda: (folder.rmdir(), folder.symlink_to(tmp_path))):
+        spoil()
+        jit._private_folder.cache_clear()
+        own = jit.cache_root()
+        assert folder not in own.parents and own.is_relative_to(tmp_path)
+        assert own.parents[1].stat().st_mode & 0o777 == 0o700
+    jit._private_folder.cache_clear()
+
+
+def test_a_new_folder_removes_those_not_used_for_long(tmp_path: Path) -> None:
+    old, recent, foreign = (tmp_path / name for name in ("a" * 24, "b" * 24, "foreign"))
+    for folder, days in ((old, 31), (recent, 29), (foreign, 400)):
+        folder.mkdir()
+        (folder / "code.nbc").write_bytes(b"code")
+        then = time.time() - 86400 * days
+        os.utime(folder, (then, then))
+    jit._make_folder(tmp_path / ("c" * 24))
+    assert not old.exists() and recent.exists() and foreign.exists() and (tmp_path / ("c" * 24)).is_dir()
 
 
 def test_the_stamp_covers_all_kernel_sources() -> None:

@@ -85,7 +85,7 @@ def random_matrix(kind: Type, n_out: int, n_in: int, seed: int) -> tuple[Matrix,
     """A matrix in a ggml type, and the weights as `gguf` decodes them."""
     weights = np.random.default_rng(seed).standard_normal((n_out, n_in)).astype(np.float32)
     raw = np.ascontiguousarray(gguf.quants.quantize(weights, kind)).view(np.uint8)
-    return ggml.matrix(raw.reshape(-1), kind, (n_out, n_in)), gguf.quants.dequantize(raw, kind)
+    return ggml.matrix(raw.reshape(-1), kind, (n_out, n_in), ggml.format_for(kind)), gguf.quants.dequantize(raw, kind)
 
 
 @pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
@@ -117,20 +117,6 @@ def test_products_equal_the_reference(kind: Type, n_out: int, groups: int, n_row
         exact = x.astype(np.float64) @ weights.T.astype(np.float64) + 1.5
         assert np.abs(expected - exact).max() < (0.12 if quantised else 1e-4) * np.sqrt(n_in)
     del buffer
-
-
-@pytest.mark.parametrize("kind", [Type.Q5_0, Type.Q6_K, Type.IQ4_XS, Type.MXFP4, Type.Q2_K], ids=lambda kind: kind.name)
-def test_other_types_are_decoded_to_f16_or_f32(kind: Type) -> None:
-    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-    raw = np.random.default_rng(1).integers(0, 100, (8, 512 // block * n_bytes), np.uint8)
-    weights = gguf.quants.dequantize(raw, kind)
-    exact = ggml.matrix(raw.reshape(-1), kind, (8, 512), decode_to_f32=True)
-    assert exact.format is FORMATS["f32"] and (exact.to_float() == weights).all()
-    half = ggml.matrix(raw.reshape(-1), kind, (8, 512))
-    if np.abs(weights).max() > 65504:
-        assert half.format is FORMATS["f32"] and (half.to_float() == weights).all()
-    else:
-        assert half.format is FORMATS["f16"] and (half.to_float() == weights.astype(np.float16)).all()
 
 
 def test_a_format_says_its_size() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,6 +161,41 @@ def test_calls_of_several_threads_queue(model: edgert.Model) -> None:
     assert together == alone
 
 
+def test_the_turn_belongs_to_the_stream_and_not_to_the_thread_that_began_it(model: edgert.Model) -> None:
+    stream = model.generate("a b c", stream=True, max_tokens=40)
+    pieces = [next(stream)]
+    elsewhere = threading.Thread(target=lambda: pieces.append(next(stream)))  # read on by another thread
+    elsewhere.start()
+    elsewhere.join(60)
+    assert len(pieces) == 2
+    threading.Timer(0.3, stream.close).start()
+    assert model.generate("x", max_tokens=1).finish_reason == "length"  # this thread waits, no BusyError
+    assert stream.finish_reason == "cancelled"
+
+
+def test_an_answer_that_waits_for_its_turn_can_be_cancelled(model: edgert.Model) -> None:
+    first, second = (model.generate("a b c", stream=True, max_tokens=40) for _ in range(2))
+    next(first)
+    reader = threading.Thread(target=second.finish)
+    reader.start()
+    time.sleep(0.2)
+    assert reader.is_alive() and second.completion.text == ""
+    second.cancel()
+    reader.join(20)
+    assert not reader.is_alive() and second.finish_reason == "cancelled"
+    assert next(first).token_ids, "the answer that has the turn goes on"
+    first.close()
+
+
+def test_a_measurement_that_asks_for_an_answer_is_told_so(model: edgert.Model) -> None:
+    def ask(fraction: float, value: float) -> None:
+        model.generate("x", max_tokens=1)
+
+    with pytest.raises(BusyError):
+        model.perplexity("one two three four five six " * 4, chunk=8, progress=ask)
+    assert model.generate("x", max_tokens=1).finish_reason == "length"
+
+
 def test_logits_are_those_of_decoding(model: edgert.Model) -> None:
     ids = model.tokenizer.encode("The quick brown fox")
     logits = model.logits(ids)
@@ -169,6 +208,81 @@ def test_perplexity_falls_with_sense(model: edgert.Model) -> None:
     nonsense = " ".join(sorted(sense.split(), key=lambda word: word[::-1]))
     values = [model.perplexity(text, chunk=16, n_chunks=2) for text in (sense, nonsense)]
     assert values[0].value < values[1].value and values[0].n_tokens == 2 * 7 and values[0].standard_error > 0
+
+
+def test_a_model_can_be_closed_while_a_stream_is_open() -> None:
+    with edgert.load(golden_path("llama-f32")) as model:
+        stream = model.generate([1, 2], stream=True)
+        next(stream)
+    assert stream.finish_reason == "cancelled" and list(stream) == []
+    with pytest.raises(EdgertError, match="closed"):
+        model.generate([1, 2], max_tokens=1)
+    with pytest.raises(ZeroDivisionError), edgert.load(golden_path("llama-f32")) as model:  # and not a BusyError
+        for _ in (stream := model.generate([1, 2], stream=True)):
+            raise ZeroDivisionError
+
+
+def test_closing_ends_a_stream_that_another_thread_reads() -> None:
+    model = edgert.load(golden_path("llama-f32"), context=4096)
+    stream = model.generate([1, 2], stream=True, logit_bias=dict.fromkeys(model.tokenizer.stop_ids, float("-inf")))
+    begun = threading.Event()
+
+    def read() -> None:
+        for _ in stream:
+            begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(20)
+    model.close()
+    reader.join(20)
+    assert not reader.is_alive() and stream.finish_reason == "cancelled"
+
+
+def test_closing_gives_back_the_memory() -> None:
+    model = edgert.load(golden_path("llama-f32"))
+    assert model._parts is not None
+    device = weakref.ref(model._parts.engine.device)
+    stream = model.generate([1, 2], stream=True)
+    next(stream)
+    finished = model.generate([1, 2], stream=True)
+    model.close()
+    gc.collect()
+    assert device() is None
+    assert stream.finish_reason == "cancelled" and finished.finish_reason is None
+    with pytest.raises(EdgertError, match="closed"):
+        next(finished)
+
+
+FORKED = """
+import os, sys, edgert
+with edgert.load(sys.argv[1], threads=2) as model:
+    stream = model.generate([1, 2], stream=True, max_tokens=9)
+    next(stream)
+    child = os.fork()
+    if child == 0:
+        said = []
+        for call in (lambda: next(stream), lambda: model.generate([1, 2]), lambda: model.logits([1])):
+            try:
+                call()
+            except edgert.EdgertError as error:
+                said.append(str(error))
+        model.close()
+        with edgert.load(sys.argv[1], threads=2) as own:
+            own.logits([1])
+        expected = "this model was loaded before fork; load it in the child, or use the spawn start method"
+        os._exit(0 if said == [expected] * 3 else 1)
+    _, status = os.waitpid(child, 0)
+    stream.finish()
+    sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_after_fork_a_model_says_so_and_does_not_hang() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(golden_path("llama-f32"))]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_closed_model_says_so() -> None:

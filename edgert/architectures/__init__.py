@@ -35,7 +35,7 @@ def read_config(metadata: Mapping[str, Any], file: str) -> ModelConfig:
         raise ModelFileError(f"{file}: the key general.architecture is missing; this GGUF holds no model")
     if architecture not in supported():
         raise UnsupportedError(
-            f"{file}: general.architecture is {architecture!r}; supported are {', '.join(supported())}"
+            f"{file}: general.architecture is {architecture!r:.60}; supported are {', '.join(supported())}"
         )
     module = importlib.import_module(f"{__name__}.{architecture.replace('-', '_')}")
     keys = Keys(metadata, architecture, file)

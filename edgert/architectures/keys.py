@@ -19,22 +19,22 @@ _LARGEST = 1 << 31
 _HARMLESS = {
     "vocab_size",
     "feed_forward_length",
-    "rope.scaling.finetuned",
+    "rope.scaling.finetuned",  # granitemoe reads it
     "expert_feed_forward_length",
     "tensor_data_layout",
-    "rope.scale_linear",
 }
-# Keys that are harmless at one value only.
-_HARMLESS_AT = {
-    "attention.sliding_window": 0,
-    "expert_group_count": 1,
-    "expert_group_used_count": 1,
-    "expert_shared_count": 0,
-    "leading_dense_block_count": 0,
-    "attention.causal": True,
-    "rope.scale_linear": 1.0,
-    "attention.clamp_kqv": 0.0,
-    "interleave_moe_layer_step": 1,
+# Keys that are harmless at some values only.
+_HARMLESS_AT: dict[str, tuple[float, ...]] = {
+    "attention.sliding_window": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "leading_dense_block_count": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "interleave_moe_layer_step": (1,),
 }
 
 
@@ -63,10 +63,15 @@ class Keys:
         return f"{self.architecture}.{key}" in self._metadata
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """An integer of at least `least`."""
+        """An integer of at least `least`. One per layer is accepted where all are the same."""
         value = self._value(key, default)
-        if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
-            value = int(value[0])  # one number per layer, all the same
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
+            if (value != value[0]).any():
+                raise UnsupportedError(
+                    f"{self._name(key)} differs between layers ({value.min()} to {value.max()}); "
+                    "edgert runs models whose layers are all alike"
+                )
+            value = int(value[0])
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < _LARGEST:
             raise self._wrong(key, value, f"a whole number from {least} to {_LARGEST - 1}")
         return int(value)
@@ -84,6 +89,18 @@ class Keys:
         if value <= 0:
             raise self._wrong(key, value, "a number above zero")
         return value
+
+    def multiplier(self, key: str, default: float) -> float:
+        """A number above zero; zero, which in a GGUF means that there is none, is the default."""
+        value = self.number(key, default)
+        return default if value == 0 else self.positive(key, default)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._value(key, default)
+        if not isinstance(value, (bool, np.bool_)):
+            raise self._wrong(key, value, "true or false")
+        return bool(value)
 
     def text(self, key: str, default: str) -> str:
         """A string."""
@@ -108,27 +125,34 @@ class Keys:
             "n_kv_heads": n_kv_heads,
             "d_head": d_head,
             "d_value": self.integer("attention.value_length", d_head),
-            "n_vocab": self.integer("vocab_size", len(tokens) if tokens is not None else None),
+            "n_vocab": self.integer("vocab_size", len(tokens) if isinstance(tokens, (list, np.ndarray)) else None),
             "n_context": self.integer("context_length"),
             "eps": self.positive("attention.layer_norm_rms_epsilon"),
         }
 
-    def rope(self, kind: Literal["norm", "neox"], d_head: int) -> RopeConfig:
-        """Rotary embedding: dimensions, base and scaling."""
+    def rope(
+        self, kind: Literal["norm", "neox"], d_head: int, *, rotates: bool = True, whole_head: bool = False
+    ) -> RopeConfig:
+        """Rotary embedding: dimensions (none unless it `rotates`; of the whole head if they must be), base, scaling."""
         n_rotated = self.integer("rope.dimension_count", d_head)
+        if whole_head and n_rotated != d_head:
+            raise self._wrong("rope.dimension_count", n_rotated, f"the head size {d_head}")
         if n_rotated % 2 or n_rotated > d_head:
             raise self._wrong("rope.dimension_count", n_rotated, f"an even number up to the head size {d_head}")
-        factor = self.number("rope.scaling.factor", 1.0)
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1.0))  # the latter in old files
+        if factor < 0:
+            name = "rope.scaling.factor" if self.has("rope.scaling.factor") else "rope.scale_linear"
+            raise self._wrong(name, factor, "a number above zero, or 0 for no scaling")
         scaling = self.text("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")
         if scaling not in ("none", "linear", "yarn"):
             raise UnsupportedError(
-                f"{self._name('rope.scaling.type')} is {scaling!r}; supported are none, linear, yarn"
+                f"{self._name('rope.scaling.type')} is {scaling!r:.60}; supported are none, linear, yarn"
             )
         for name in ("yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor", "yarn_attn_factor"):
             self._read.add(f"{self.architecture}.rope.scaling.{name}")  # fixed at 32, 1, 1, 1 as in llama.cpp
         return RopeConfig(
             kind=kind,
-            n_rotated=n_rotated,
+            n_rotated=n_rotated if rotates else 0,
             base=self.positive("rope.freq_base", 10000.0),
             scaling=scaling,  # type: ignore[arg-type]   # checked above
             factor=factor if factor > 0 else 1.0,
@@ -148,6 +172,11 @@ class Keys:
             )
         return RouterConfig(n_expert, top_k, "softmax" if gating == 1 else "sigmoid", normalise, scale)
 
+    def expert_width(self, router: RouterConfig) -> int:
+        """Width of an expert. Old files give that of all the experts of a token together, as `feed_forward_length`."""
+        width = self.integer("expert_feed_forward_length", 0, least=0)
+        return width or max(1, self.integer("feed_forward_length") // router.top_k)
+
     def refuse_unread(self) -> None:
         """Raise UnsupportedError for the first key of the architecture that was neither read nor is harmless."""
         prefix = f"{self.architecture}."
@@ -155,10 +184,10 @@ class Keys:
             short = key.removeprefix(prefix)
             if not key.startswith(prefix) or key in self._read or short in _HARMLESS:
                 continue
-            if short in _HARMLESS_AT and not isinstance(value, np.ndarray) and value == _HARMLESS_AT[short]:
+            if isinstance(value, (bool, int, float, np.number)) and value in _HARMLESS_AT.get(short, ()):
                 continue
             raise UnsupportedError(
-                f"{self._file}: the key {key} = {value!r} is not supported by edgert and may change the answers"
+                f"{self._file}: the key {key} = {value!r:.60} is not supported by edgert and may change the answers"
             )
 
     def _value(self, key: str, default: Any) -> Any:
@@ -174,4 +203,6 @@ class Keys:
         return f"{self._file}: {self.architecture}.{key}"
 
     def _wrong(self, key: str, value: Any, expected: str) -> ModelFileError:
-        return ModelFileError(f"{self._name(key)} is {value!r}, not {expected}; the file is damaged or made wrongly")
+        return ModelFileError(
+            f"{self._name(key)} is {value!r:.60}, not {expected}; the file is damaged or made wrongly"
+        )

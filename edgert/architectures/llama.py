@@ -15,9 +15,9 @@ def config(keys: Keys) -> ModelConfig:
         keys.integer("expert_used_count", 0, least=0)
     return ModelConfig(
         **common,
-        rope=keys.rope("norm", d_head),
+        rope=keys.rope("norm", d_head, whole_head=True),
         router=keys.router(normalise=True) if routed else None,
         d_expert=width if routed else 0,
         d_shared=0 if routed else width,
-        attention_scale=keys.positive("attention.scale", d_head**-0.5),
+        attention_scale=keys.multiplier("attention.scale", d_head**-0.5),
     )

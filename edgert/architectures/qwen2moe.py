@@ -8,13 +8,13 @@ from edgert.types import ModelConfig
 
 def config(keys: Keys) -> ModelConfig:
     """q/k/v biases; a shared expert behind a sigmoid gate; expert weights not normalised."""
-    common = keys.common()
+    common, router = keys.common(), keys.router(normalise=False)
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
-        router=keys.router(normalise=False),
-        d_expert=keys.integer("expert_feed_forward_length"),
-        d_shared=keys.integer("expert_shared_feed_forward_length"),
+        router=router,
+        d_expert=keys.expert_width(router),
+        d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0) or keys.integer("feed_forward_length"),
         shared_gate=True,
         attention_scale=common["d_head"] ** -0.5,
     )

@@ -8,12 +8,12 @@ from edgert.types import ModelConfig
 
 def config(keys: Keys) -> ModelConfig:
     """q and k normed per head before the rotation; expert weights normalised; no shared expert."""
-    common = keys.common()
+    common, router = keys.common(), keys.router(normalise=True)
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
-        router=keys.router(normalise=True),
-        d_expert=keys.integer("expert_feed_forward_length"),
+        router=router,
+        d_expert=keys.expert_width(router),
         qk_norm="head",
         attention_scale=common["d_head"] ** -0.5,
     )
