@@ -162,9 +162,9 @@ def _device(name: str) -> Any:
 
 def _is_compiled() -> bool:
     """Whether the kernels were compiled on this machine before."""
-    from edgert.devices import attention
+    from edgert.devices import layers
 
-    return jit.is_compiled(attention.attend)
+    return jit.is_compiled(layers.run_layers)
 
 
 def _warm_up(engine: Engine, session: Session, progress: Progress) -> None:

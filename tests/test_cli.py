@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -242,6 +244,8 @@ def test_an_error_is_one_line_and_exit_code_2(run, model):
         (["generate", "-p", "x", "--max-tokens", "0"], "max_tokens=0"),
         (["generate", "-p", "x", "--stop", ""], "stop=''"),
         (["generate"], "--prompt"),
+        (["chat", "", "-p", "x"], "the model name is empty"),
+        (["inspect", ""], "the model name is empty"),
         (["chat"], "--prompt"),
         (["chat", "--prompt", ""], "--prompt"),
         (["perplexity", "--file", "/no/such/text"], "/no/such/text cannot be read"),
@@ -293,6 +297,89 @@ def test_what_goes_wrong_within_an_answer(run, model, monkeypatch, problem, code
     assert model.closed == 1
 
 
+@pytest.mark.parametrize(
+    ("problem", "shown"),
+    [
+        (OSError(28, "No space left on device"), "error: No space left on device\n"),
+        (OSError(2, "Gone", "x.gguf"), "error: x.gguf: Gone\n"),
+        (SystemError("no room"), "error: SystemError: no room\n"),
+        (ImportError("libx.so: failed to map segment"), "error: ImportError: libx.so: failed to map segment\n"),
+    ],
+)
+def test_failures_of_the_system_are_one_line(run, model, monkeypatch, problem, shown):
+    def fail(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(model, "chat", fail)
+    assert run("chat", "-p", "hi") == (2, "", shown)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("arguments", ["chat -p hi", "chat -p hi --json", "inspect", "--help", "--version"])
+def test_a_full_disk_is_one_line(arguments):
+    command = f"{shlex.join([sys.executable, str(FAKE)])} {arguments} >/dev/full"
+    done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "out", "err"),
+    [("2>&-", 0, b"You said: hi\n", b""), (">&-", 2, b"", b"error: stdout is closed: there is nowhere to write to\n")],
+)
+def test_closed_streams(closed, code, out, err):
+    command = f"{shlex.join([sys.executable, str(FAKE)])} chat -p hi {closed}"
+    done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def test_ctrl_c_while_a_model_is_loaded_waits_for_a_safe_place(run, model, monkeypatch):
+    seen = []
+
+    def load(path, *, progress, **_):
+        progress("compiling kernels", 0.9)
+        signal.raise_signal(signal.SIGINT)
+        progress("compiling more kernels", 0.95)
+        seen.append("compiled")
+        return model
+
+    monkeypatch.setattr(sys.modules["edgert.model"], "load", load)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    assert run("chat", "-p", "hi") == (130, "", "")
+    assert seen == ["compiled"] and model.closed == 1 and model.calls == []
+
+    def stopped(path, *, progress, **_):
+        signal.raise_signal(signal.SIGINT)
+        seen.append("loaded")
+        progress("loading weights", 0.5)
+
+    monkeypatch.setattr(sys.modules["edgert.model"], "load", stopped)
+    assert run("chat", "-p", "hi")[0] == 130
+    assert seen == ["compiled", "loaded"]
+
+
+def test_a_second_ctrl_c_while_loading_leaves_at_once():
+    code = (
+        "import signal, time; from edgert.cli.interrupts import while_loading\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with while_loading(print): signal.raise_signal(2); signal.raise_signal(2); print('still here', flush=True)"
+    )
+    process = program(code=code)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_ctrl_c_among_the_imports_is_quiet(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_run", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == 130
+    code = "import sys, edgert.cli.main; assert not {'typer', 'numpy', 'rich'} & set(sys.modules)"
+    assert program(code=code).communicate(timeout=60) == (b"", b"")  # so they are imported within main
+
+
 def test_a_closed_pipe_is_quiet():
     process = program("generate", "-p", "x" * 1000, DELAY_S="0.001")
     assert process.stdout.read(10) == b"x" * 10
@@ -312,7 +399,11 @@ def test_pieces_arrive_as_they_are_made():
 
 
 def test_ctrl_c_ends_a_script_with_130():
-    process = program("generate", "-p", "x" * 1000, DELAY_S="0.05")
+    code = (  # nohup and background jobs of scripts hand an ignored SIGINT down
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"runpy.run_path({str(FAKE)!r}, run_name='__main__')"
+    )
+    process = program("generate", "-p", "x" * 1000, code=code, DELAY_S="0.05")
     assert process.stdout.read(1) == b"x"
     process.send_signal(2)
     _, err = process.communicate(timeout=60)
@@ -358,6 +449,17 @@ def test_inspect_prints_every_value_in_human_units(run, model, monkeypatch):
     ):
         assert row.split() in lines, row
     assert out.index("architecture") < out.index("experts") < out.index("memory")
+
+
+def test_inspect_counts_memory_for_the_context_asked_for(run, model, monkeypatch):
+    asked = []
+    describe = sys.modules["edgert.model"].describe
+    monkeypatch.setattr(
+        sys.modules["edgert.model"], "describe", lambda p, context: asked.append(context) or describe(p)
+    )
+    run("inspect", "--context", "512")
+    run("inspect")
+    assert asked == [512, None]
 
 
 def test_inspect_as_json(run, model):
@@ -426,6 +528,7 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
         '{"format": "edgert chat 1"}',
         '{"format": "edgert chat 1", "messages": [{"role": "root", "content": "x"}]}',
         '{"format": "edgert chat 1", "messages": [{"role": "user", "content": 3}]}',
+        '{"format": "edgert chat 1", "messages": [{"role": "user", "content": "\\ud800"}]}',
     ],
 )
 def test_a_file_that_is_no_chat_is_neither_loaded_nor_overwritten(tmp_path, content):
@@ -445,5 +548,26 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         chat.load(tmp_path / "absent")
     with pytest.raises(OptionError, match="cannot be written"):
         chat.save(tmp_path / "no" / "folder", "fake")
-    with pytest.raises(OptionError, match="cannot be read"):
-        chat.save(tmp_path, "fake")
+    with pytest.raises(OptionError, match="cannot be written"):
+        chat.save(tmp_path / ("x" * 300), "fake")
+    for special in (tmp_path, Path("/dev/zero")):
+        with pytest.raises(OptionError, match="no regular file"):
+            chat.save(special, "fake")
+        with pytest.raises(OptionError, match="no regular file"):
+            chat.load(special)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_is_saved_whatever_it_holds(tmp_path):
+    chat = Conversation()
+    chat.add("half \ud800 of a character", "x" * 250)
+    chat.save(tmp_path / ("y" * 250), "fake")
+    chat.load(tmp_path / ("y" * 250))
+    assert chat.messages[0]["content"] == "half ? of a character"
+
+
+def test_a_file_that_grows_without_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgert.cli.conversation.LARGEST_FILE", 10)
+    (tmp_path / "large").write_text(" " * 11)
+    with pytest.raises(OptionError, match="too large"):
+        Conversation().load(tmp_path / "large")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +49,20 @@ class Conversation:
 
     def save(self, path: Path, model: str) -> None:
         """Write the messages as JSON, aside, then renamed. OptionError where `path` is another thing."""
-        if path.exists():
-            read(path)  # only a saved chat is overwritten
         document = {"format": FORMAT, "model": model, "messages": self.messages}
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        aside = path.parent / f".edgert-{os.getpid()}.part"
         try:
-            aside.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if path.exists():
+                read(path)  # only a saved chat is overwritten
+            aside.write_bytes(text.encode(errors="replace"))
             aside.replace(path)
         except OSError as problem:
-            aside.unlink(missing_ok=True)
             message = f"{path} cannot be written ({problem.strerror}): name another file"
             raise OptionError(message) from problem
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink()
 
     def load(self, path: Path) -> None:
         """Take the messages of a saved chat in place of these; OptionError if it is none."""
@@ -67,11 +72,11 @@ class Conversation:
 def read(path: Path) -> list[Message]:
     """The messages of a saved chat, or OptionError."""
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise OptionError(f"{path} is too large for a saved chat: name another file")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(_content(path).decode())
     except OSError as problem:
         raise OptionError(f"{path} cannot be read ({problem.strerror}): name a saved chat") from problem
+    except OptionError:
+        raise
     except (ValueError, RecursionError) as problem:
         raise OptionError(f"{path} is no saved chat: it is not JSON") from problem
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -82,5 +87,19 @@ def read(path: Path) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
+def _content(path: Path) -> bytes:
+    """A regular file of no more than LARGEST_FILE bytes; OSError, or OptionError for another thing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OptionError(f"{path} cannot be read (it is no regular file): name another file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise OptionError(f"{path} is too large for a saved chat: name another file")
+    return content
+
+
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+    """Whether it is a role and a text; JSON can spell halves of characters, which are no text."""
+    if not isinstance(value, dict) or value.get("role") not in ROLES or not isinstance(value.get("content"), str):
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value["content"])

@@ -1,46 +1,33 @@
-"""The `edgert` command and its subcommands; numba is not imported before a model is loaded."""
+"""The console script. Ctrl-C is quiet from its first line on, so everything is imported within."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 import sys
-from typing import Annotated
-
-import typer
-
-from edgert.cli import chat, generate, inspect, perplexity
-
-app = typer.Typer(
-    name="edgert",
-    help="Mixture-of-Experts language models on small machines.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("inspect")(inspect.inspect_model)
-app.command("perplexity")(perplexity.perplexity)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"edgert {importlib.metadata.version('edgert')}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Mixture-of-Experts language models on small machines."""
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line; it always ends with SystemExit."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run() -> None:
+    """The command line between streams that can be written to."""
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
+    from edgert.cli import output
+
+    if sys.stdout is None:
+        output.error("stdout is closed: there is nowhere to write to")
+        sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    app()
+    try:
+        from edgert.cli.app import app
+
+        app()
+    except output.FAILURES as problem:  # of the usage and the help: a command looks after its own
+        sys.exit(output.failed(problem))

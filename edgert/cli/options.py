@@ -92,7 +92,9 @@ def command(
 
         @functools.wraps(function)
         def gather(**values: Any) -> None:
-            function(chosen=_chosen(values), **values)
+            if values.get("model") == "":
+                raise OptionError("the model name is empty: give a GGUF file, or nothing for the embedded model")
+            function(chosen=_chosen(values, shared), **values)
 
         run = guarded(gather)
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -102,10 +104,11 @@ def command(
     return decorate
 
 
-def _chosen(values: dict[str, Any]) -> Chosen:
+def _chosen(values: dict[str, Any], shared: list[inspect.Parameter]) -> Chosen:
     """Take the shared options out of `values`; bad sampling options are refused before a model is loaded."""
+    taken = {p.name: values.pop(p.name, None) for p in shared}
     sampling, ending, runtime = (
-        {name: value for name in table if (value := values.pop(name, None)) not in (None, [])}
+        {name: value for name in table if (value := taken.get(name)) not in (None, [])}
         for table in (_SAMPLING, _ENDING, _RUNTIME)
     )
     if "logit_bias" in sampling:

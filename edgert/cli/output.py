@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import edgert
+from edgert.cli.interrupts import while_loading
 from edgert.errors import EdgertError
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from edgert.model import Model
 
 PATIENCE_S = 1.0  # a prompt that takes longer than this to read is said to be read
+
+# What ends a command, or a turn of a chat, in one line; want of memory shows as any of the last four.
+FAILURES = (KeyboardInterrupt, EdgertError, OSError, MemoryError, SystemError, ImportError)
 
 # ESC and its kin would let a model's text drive the terminal
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -67,38 +71,60 @@ def _plain(value: Any) -> Any:
 
 def note(text: str) -> None:
     """A remark for the person, on stderr."""
-    console(stderr=True).print(text, style="dim")
+    with contextlib.suppress(OSError):
+        console(stderr=True).print(text, style="dim")
 
 
 def error(message: object) -> None:
     """One line `error: ...` on stderr."""
-    from rich.text import Text
-
     line = harmless(" ".join(str(message).split()))
-    console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line))
+    with contextlib.suppress(OSError):
+        try:
+            from rich.text import Text
+
+            console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", line))
+        except (MemoryError, SystemError, ImportError):  # no room for more than this
+            sys.stderr.write(f"error: {line}\n")
+
+
+def reason(problem: BaseException) -> str:
+    """What went wrong, for a person."""
+    if isinstance(problem, MemoryError):
+        return str(problem) or "there is not enough memory: use a smaller --memory or --context"
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
+    return str(problem) if isinstance(problem, EdgertError) else f"{type(problem).__name__}: {problem}"
+
+
+def failed(problem: BaseException) -> int:
+    """Say what went wrong; the exit code. What could not be written to stdout is dropped.
+
+    2 is for an error, 130 for Ctrl-C and 141 for a closed pipe, as shells count signals.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:  # the interpreter would try once more at its end: let that go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(problem, KeyboardInterrupt):
+        return 130
+    if isinstance(problem, BrokenPipeError):
+        return 141
+    error(reason(problem))
+    return 2
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with errors turned into exit codes; it takes `debug`, which shows their traceback.
-
-    Our own errors and want of memory are 2, Ctrl-C is 130 and a closed pipe 141, as shells count signals.
-    """
+    """The command with failures turned into exit codes; it takes `debug`, which shows their traceback."""
 
     @functools.wraps(command)
     def run(*, debug: bool, **arguments: Any) -> None:
         try:
             command(**arguments)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # the interpreter flushes stdout once more at its end: let that go nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-        except (EdgertError, MemoryError) as problem:
-            if debug:
+            sys.stdout.flush()
+        except FAILURES as problem:
+            if debug and not isinstance(problem, (KeyboardInterrupt, BrokenPipeError)):
                 traceback.print_exc()
-            error(str(problem) or "there is not enough memory: use a smaller --memory or --context")
-            raise typer.Exit(2) from None
+            raise typer.Exit(failed(problem)) from None
 
     return run
 
@@ -122,9 +148,10 @@ def progress(first: str) -> Iterator[Callable[[str, float], None]]:
 @contextlib.contextmanager
 def open_model(name: str | None, runtime: Mapping[str, Any]) -> Iterator[Model]:
     """The model by path or name (None: the embedded one), loaded with a progress bar, closed at the end."""
-    with progress("loading") as report:
-        model = edgert.load(name, progress=report, **runtime)
+    with progress("loading") as report, while_loading(report) as loading:
+        model = edgert.load(name, progress=loading.report, **runtime)
     with model:
+        loading.check()
         yield model
 
 

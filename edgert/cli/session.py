@@ -5,18 +5,15 @@ Ctrl-C stops an answer and keeps what was said; an error ends the turn, never th
 
 from __future__ import annotations
 
-import contextlib
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from edgert.cli import output
+from edgert.cli import interrupts, output
 from edgert.cli.conversation import Conversation
 from edgert.cli.terminal import Terminal
-from edgert.errors import ContextLengthError, EdgertError
-from edgert.generation import Completion, Stream, Usage
+from edgert.errors import ContextLengthError
+from edgert.generation import Completion, Usage
 from edgert.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -38,20 +35,30 @@ class Session:
 
     def run(self) -> None:
         """Until the person leaves."""
-        terminal = Terminal()
+        terminal, turns = Terminal(), interrupts.Turns()
         output.note(f"{self._model.name}, context {self._model.n_context:,}; /help for help, Ctrl-D leaves")
-        while not self._leaving:
-            try:
-                text = terminal.read()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                output.note("Ctrl-D or /exit leaves")
-                continue
-            try:
+        with turns.installed():
+            while not self._leaving:
+                try:
+                    text = terminal.read()
+                except EOFError:
+                    return
+                except KeyboardInterrupt:
+                    output.note("Ctrl-D or /exit leaves")
+                else:
+                    self._turn(text, turns)
+
+    def _turn(self, text: str, turns: interrupts.Turns) -> None:
+        """What was typed, and what goes wrong with it in one line."""
+        try:
+            with turns.turn():
                 self.take(text)
-            except EdgertError as problem:
-                output.error(problem)
+        except KeyboardInterrupt:
+            output.note("stopped")
+        except BrokenPipeError:  # nobody reads on
+            raise
+        except (*output.FAILURES, ValueError, RuntimeError) as problem:
+            output.error(output.reason(problem))
 
     def take(self, text: str) -> None:
         """One message, or a command: a line that begins with /."""
@@ -72,7 +79,7 @@ class Session:
         except ContextLengthError as problem:
             output.error(problem)
             return self._say_how_to_go_on()
-        with _stopped_by_ctrl_c(stream):
+        with interrupts.stops(stream):
             completion = output.read_out(stream)
         output.write("\n")
         self._last = completion.usage
@@ -141,34 +148,17 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[Session, str], None]]] = {
 }
 
 
-@contextlib.contextmanager
-def _stopped_by_ctrl_c(stream: Stream) -> Iterator[None]:
-    """Ctrl-C cancels the stream between two tokens; a second one interrupts whatever hangs."""
-    presses = 0
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal presses
-        presses += 1
-        stream.cancel()
-        if presses > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def status_line(completion: Completion, n_context: int) -> str:
     """What an answer took, in one line."""
     usage = completion.usage
+    if completion.finish_reason == "cancelled" and not usage.generated_tokens:
+        return f"[stopped; the prompt of {usage.prompt_tokens:,} tokens was not read to its end]"
     new, used = usage.prompt_tokens - usage.cached_tokens, usage.prompt_tokens + usage.generated_tokens
     speed = f"{usage.tokens_per_s:.1f} tok/s, first after {usage.ttft_s:.2f} s"
     parts = [
         f"{usage.generated_tokens:,} tokens, {speed}",
         f"prompt {new:,} new + {usage.cached_tokens:,} reused",
-        f"context {used:,} of {n_context:,}",
+        f"context {min(used, n_context):,} of {n_context:,}",
     ]
     ended = {"cancelled": "stopped", "length": "cut at --max-tokens"}.get(completion.finish_reason or "")
     return "[" + "; ".join([ended, *parts] if ended else parts) + "]"
@@ -176,6 +166,9 @@ def status_line(completion: Completion, n_context: int) -> str:
 
 def stats(usage: Usage) -> Iterator[str]:
     """What an answer took, in lines."""
+    if not usage.generated_tokens:
+        yield f"prompt: {usage.prompt_tokens:,} tokens, not read to the end"
+        return
     yield f"prompt: {usage.prompt_tokens:,} tokens, {usage.cached_tokens:,} of them reused"
     times = f"first after {usage.ttft_s:.2f} s, then {usage.tpot_s * 1e3:.1f} ms each"
     yield f"answer: {usage.generated_tokens:,} tokens, {times}"

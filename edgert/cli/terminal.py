@@ -53,8 +53,12 @@ class Terminal:
         )
 
     def read(self) -> str:
-        """The next message. EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C on an empty line."""
-        return unquoted(self._session.prompt("> "))
+        """The next message. EOFError at Ctrl-D, KeyboardInterrupt at the key Ctrl-C on an empty line.
+
+        A SIGINT from elsewhere is left to the handler installed: two of them in a row trip the editor's own.
+        """
+        text = self._session.prompt("> ", handle_sigint=False)
+        return unquoted(text.encode(errors="replace").decode())  # bytes that are no UTF-8 come as surrogates
 
 
 def unquoted(text: str) -> str:

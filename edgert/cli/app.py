@@ -1,0 +1,38 @@
+"""The subcommands of `edgert` and what they have in common; importing it imports no numba."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from edgert.cli import chat, generate, inspect, perplexity
+
+app = typer.Typer(
+    name="edgert",
+    help="Mixture-of-Experts language models on small machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect_model)
+app.command("perplexity")(perplexity.perplexity)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgert {importlib.metadata.version('edgert')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Mixture-of-Experts language models on small machines."""
