@@ -24,6 +24,7 @@ class InstructionPath:
 
 PATHS = (
     InstructionPath("avx512-vnni", ("avx512f", "avx512bw", "avx512vnni")),
+    InstructionPath("avx2", ("avx2",)),
     InstructionPath("portable", ()),
 )
 

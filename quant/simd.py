@@ -358,6 +358,32 @@ def unsigned_byte(builder: ir.IRBuilder, packed: Any, which: Any) -> Any:
     return builder.and_(builder.lshr(builder.bitcast(packed, _V_I32), shift), _constant(_V_I32, 255))
 
 
+def _dot4_avx2(builder: ir.IRBuilder, unsigned: Any, signed: Any) -> Any:
+    """Sums of four products by vpmaddwd on even and odd bytes, widened first: unlike vpmaddubsw it cannot saturate."""
+    words = ir.VectorType(_I16, 32)
+    u, s = builder.bitcast(unsigned, words), builder.bitcast(signed, words)
+    eight = _constant(words, 8)
+    pairs = (
+        (builder.and_(u, _constant(words, 255)), builder.ashr(builder.shl(s, eight), eight)),
+        (builder.lshr(u, eight), builder.ashr(s, eight)),
+    )
+    halves = []
+    for start in (0, 16):
+        lanes = ir.Constant(ir.VectorType(_I32, 16), list(range(start, start + 16)))
+        undefined = ir.Constant(words, ir.Undefined)
+        even, odd = (
+            _call(
+                builder,
+                "llvm.x86.avx2.pmadd.wd",
+                ir.VectorType(_I32, 8),
+                *(builder.shuffle_vector(value, undefined, lanes) for value in pair),
+            )
+            for pair in pairs
+        )
+        halves.append(builder.add(even, odd))
+    return builder.shuffle_vector(*halves, ir.Constant(_V_I32, list(range(16))))
+
+
 @_operation(i32x16, i32x16, i8x64, i8x64)
 def dot4(builder: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
     """total + the sum over each lane's four bytes of unsigned * signed, exact in int32."""
@@ -365,6 +391,8 @@ def dot4(builder: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
         as_bytes = isa.vpdpbusd_takes_bytes()
         values = [value if as_bytes else builder.bitcast(value, _V_I32) for value in (unsigned, signed)]
         return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _V_I32, total, *values)
+    if isa.choose().name == "avx2":
+        return builder.add(total, _dot4_avx2(builder, unsigned, signed))
     u, s = builder.bitcast(unsigned, _V_I32), builder.bitcast(signed, _V_I32)
     for byte in range(4):
         a = builder.and_(builder.lshr(u, _constant(_V_I32, 8 * byte)), _constant(_V_I32, 255))

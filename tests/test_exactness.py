@@ -13,6 +13,7 @@ import pytest
 from models import HERE, engine_of, golden, run
 
 from edgert.devices.reference import ReferenceDevice
+from edgert.quant import isa
 
 MODELS = [
     "llama-f32",
@@ -84,16 +85,19 @@ for name in sys.argv[2:]:
 """
 
 
-# A CPU by LLVM's name: nehalem has neither AVX, fused multiply-add nor half floats
-CPUS = {"best": {}, "portable": {"EDGERT_ISA": "portable"}, "nehalem": {"NUMBA_CPU_NAME": "nehalem"}}
+# Every path that this machine has; and a CPU, by LLVM's name, with neither AVX, fused multiply-add nor half floats
+CPUS = {path.name: {"EDGERT_ISA": path.name} for path in isa.PATHS if set(path.needs) <= isa.cpu_features()} | {
+    "nehalem": {"NUMBA_CPU_NAME": "nehalem"}
+}
 
 
 def test_every_instruction_path_gives_the_same_bits(tmp_path: Path) -> None:
     names = ["llama-q4_0", "olmoe-q8_0", "qwen3moe-q4_1"]
     folder = golden(names[0])[0].parent
     answers = {}
-    cpus = CPUS if platform.machine() == "x86_64" else {name: CPUS[name] for name in ("best", "portable")}
-    for path, extra in cpus.items():
+    for path, extra in CPUS.items():
+        if path == "nehalem" and platform.machine() != "x86_64":
+            continue
         env = {**os.environ, **extra, "PYTHONPATH": str(HERE)}
         command = [sys.executable, "-c", PRINT, str(folder), *names]
         answers[path] = subprocess.run(

@@ -108,3 +108,26 @@ def test_broken_weights_show_in_the_logits(name: str, value: float, monkeypatch:
     )
     logits = run(*engine_of(golden_path("llama-f32")), list(range(40)))
     assert not np.isfinite(logits).all()
+
+
+def dot(unsigned: Any, signed: Any, out: Any) -> None:
+    """100 + each lane's four products."""
+    total = simd.splat_i32(np.int32(100))
+    total = simd.dot4(total, simd.load_i8(unsigned.ctypes.data), simd.load_i8(signed.ctypes.data))
+    simd.store_f32(out.ctypes.data, simd.to_f32(total))
+
+
+@pytest.mark.parametrize("path", isa.PATHS, ids=lambda path: path.name)
+def test_dot_products_are_exact_at_the_extremes(path: isa.InstructionPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not set(path.needs) <= isa.cpu_features():
+        pytest.skip(f"this CPU lacks one of {', '.join(path.needs)}")
+    monkeypatch.setattr(isa, "choose", lambda: path)
+    compiled = numba.njit(dot)
+    random = np.random.default_rng(0)
+    for extreme in (True, False):
+        for _ in range(50):
+            unsigned = random.choice([0, 255], 64) if extreme else random.integers(0, 256, 64)
+            signed = random.choice([-128, 127], 64) if extreme else random.integers(-128, 128, 64)
+            out = np.empty(16, np.float32)
+            compiled(unsigned.astype(np.uint8), signed.astype(np.int8), out)
+            assert (out == 100 + (unsigned * signed).reshape(16, 4).sum(axis=1)).all()
