@@ -234,7 +234,7 @@ def _receiver(function: Any) -> tuple[Any, str]:
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's text for training; here it is only text."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012   # as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -115,7 +115,8 @@ class Weights:
         for name, info in self.file.tensors.items():
             if not ggml.is_decodable(info.type):
                 raise UnsupportedError(
-                    f"{self._path}: the tensor {name} is of type {info.type.name}, which edgert cannot read"
+                    f"{self._path}: the tensor {name} is of type {info.type.name}, which edgert cannot read; "
+                    "take another quantisation"
                 )
             if name not in self._wanted:
                 raise UnsupportedError(

@@ -24,7 +24,7 @@ from edgert.sampling import Sampling
 
 FAKE = Path(__file__).with_name("fake_model.py")
 sys.path.insert(0, str(FAKE.parent))
-import fake_model  # noqa: E402
+import fake_model  # noqa: E402   # found through the line above
 
 
 @pytest.fixture

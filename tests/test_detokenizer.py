@@ -17,7 +17,7 @@ BOTH = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SPM], ids=["byte-level"
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], **options: object) -> list[str]:
-    detokenizer = tokenizer.detokenizer(**options)  # type: ignore[arg-type]
+    detokenizer = tokenizer.detokenizer(**options)  # type: ignore[arg-type]   # passed on as they are
     return [*(detokenizer.push(id_) for id_ in ids), detokenizer.flush()]
 
 
@@ -66,7 +66,7 @@ def test_a_hidden_token_does_not_break_a_character() -> None:
 def spm(*tokens: str) -> list[int]:
     ids = [SPM.id_of(token) for token in tokens]
     assert None not in ids
-    return ids  # type: ignore[return-value]
+    return ids  # type: ignore[return-value]   # None is ruled out above
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from edgert.engine import Engine, Session
 from edgert.errors import ContextLengthError
 from edgert.experts.residency import AllResident, sort_pairs
 from edgert.experts.routing import Router, choose_reference
-from edgert.types import ModelConfig, RopeConfig, RouterConfig, Routes
+from edgert.types import Floats, ModelConfig, RopeConfig, RouterConfig, Routes
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,7 +81,10 @@ def giant(n_layers: int = 60, router: RouterConfig | None = None) -> tuple[Engin
     for table in tables:
         table[:] = 3 * 7168 * 2048 * 9 // 16
     residency = AllResident(tables)
-    embed = lambda ids: np.zeros((len(ids), 7168), np.float32)  # noqa: E731   # a function, named where it is used
+
+    def embed(ids: list[int]) -> Floats:
+        return np.zeros((len(ids), 7168), np.float32)
+
     return Engine(config, device, residency, embed), Session(device.new_cache(4096, "f16")), device
 
 

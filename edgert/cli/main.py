@@ -24,7 +24,7 @@ def _run() -> None:
         output.error("stdout is closed: there is nowhere to write to")
         sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]   # None was looked after
     try:
         from edgert.cli.app import app
 

@@ -97,7 +97,7 @@ def command(
             function(chosen=_chosen(values, shared), **values)
 
         run = guarded(gather)
-        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]   # what typer reads
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
@@ -123,7 +123,7 @@ def _option(name: str, row: Row, panel: str, default: Any = None) -> inspect.Par
     flag = "--" + name.replace("_", "-")
     default = default if isinstance(default, (int, float)) else None
     option = typer.Option(flag, metavar=metavar, help=text, rich_help_panel=panel)
-    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]   # known at run time only
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
