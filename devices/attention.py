@@ -1,8 +1,12 @@
-"""The compiled attention half of a layer: norm, q/k/v, rotation, cache, attention, output, residual, norm, router.
+"""Attention of one layer, run by all threads of a pool: heads prepared, keys and values written, scores, outputs.
 
-One call per layer, run by all threads of a pool. Keys lie in tiles of 16 positions (column-major, as weight tiles do),
-so that a score needs no sum across lanes; values lie position by position. Attention of one token and head runs over
-blocks of 64 positions, each with its own maximum, combined in ascending order: no order depends on threads or chunks.
+Blocks of 64 positions, at absolute multiples of 64, each with its own maximum, are combined in ascending order: no
+order depends on threads, on chunks, or on how many queries are taken together. Knows no matrices and no residual
+stream: it starts from rows of queries, keys and values, and leaves rows of outputs.
+
+How threads share the work: one token goes by key/value heads, with no barrier; where these leave threads without work
+for long enough, by blocks of positions, with one barrier. Several tokens go by panels, rows (queries) that share a
+key/value head, after a barrier behind the writing of keys and values.
 """
 
 from __future__ import annotations
@@ -10,338 +14,300 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
+import numpy.typing as npt
 
+from edgert.devices.attention_blocks import (
+    AT_ONCE,
+    MANY,
+    PANEL,
+    RANGE,
+    ROWS,
+    add_part,
+    clear,
+    lanes_bytes,
+    part_bytes,
+    rows_in_registers,
+)
+from edgert.devices.attention_heads import POSITION, VECTOR_NORM, copy_row, norm_factor, prepare_head
+from edgert.devices.attention_products import BLOCK, wide_floats
 from edgert.devices.threads import meet
-from edgert.quant.functions import exp, quantise_row, rms_norm
+from edgert.quant.assembler import Code, Value, operation
 from edgert.quant.jit import kernel
-from edgert.quant.matmul import multiply, record
-from edgert.quant.simd import (
-    f32x16,
-    first_lane,
-    fma,
-    fma1,
-    keep_first,
-    load_f16,
-    load_f32,
-    load_float,
-    max_lanes,
-    maximum,
-    splat,
-    store_f16,
-    store_f32,
-    store_float,
-    store_half,
-    sum_lanes,
+from edgert.quant.records import record
+from edgert.quant.simd import load_f32, load_float, store_f32, store_float
+from edgert.types import ModelConfig
+
+# One layer. Norms are addresses of float32 weights, readable up to a multiple of 16 floats. qk_norm: NO_NORM, HEAD_NORM
+# or VECTOR_NORM of attention_heads. window: position p attends to p - window + 1 ... p; 0: to all up to p.
+ATTENTION = record(
+    "n_heads n_kv_heads d_head d_value n_rotated neox qk_norm query_norm key_norm window",
+    floats="eps attention_scale",
+)
+# One layer's keys and values (see kv_cache): bytes from head to head and block to block, offsets in a block, and the
+# addresses of the functions of its type in ATTEND_BLOCKS and WRITE.
+CACHE = record("address head_bytes block_bytes values key_scales value_scales attend_blocks write")
+# Work space: bytes from thread to thread, and offsets in a thread's share; `factors` is an offset from the address.
+SCRATCH = record("address stride queries ranges scores state block wide key value spare work own_factors parts factors")
+# One call. Rows are float32, strides in floats; angles: (cos, sin) pairs from position `start` on; others: records.
+ATTEND_JOB = record(
+    "query query_stride key key_stride value value_stride out out_stride angles n_tokens start scratch attention cache"
 )
 
-BLOCK = 64  # positions whose scores share one maximum
-NO_NORM, HEAD_NORM, VECTOR_NORM = 0, 1, 2  # RMS norm of q and k: none, of each head, of the whole vector
-
-# What the kernel must know of a layer besides its matrices. Addresses are of float32 vectors, 0 where there is none.
-LAYER = record(
-    "n_heads n_kv_heads d_head d_value d_model n_rotated neox qk_norm"
-    " attention_norm feed_forward_norm query_norm key_norm router",
-    floats="eps attention_scale residual_scale",
-)
-QUERY, KEY, VALUE, OUTPUT, ROUTER = range(5)  # rows of a layer's table of matrices
-
-# Work space, in rows per token: addresses and strides in floats. `scratch` holds `scratch_stride` floats a thread.
-WORK = record(
-    "query query_stride key key_stride value value_stride"
-    " output output_stride scores scores_stride scratch scratch_stride"
-)
-_ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
+# Blocks' worth of waiting threads from which one token's work is split by blocks. An estimate: on two idle cores the
+# split took 8 to 14 % less time at 3 and 6 blocks, but where other processes want the cores its barrier cost more than
+# it saved.
+_SPLIT_BLOCKS = 8
 
 
-def _is_half(cache: Any) -> bool:
-    return bool(cache.dtype == types.uint16)
+# ---- work space ------------------------------------------------------------------------------------------------------
+def new_scratch(config: ModelConfig, n_threads: int, n_context: int, chunk: int) -> npt.NDArray[Any]:
+    """SCRATCH (1,) without an address: for a key/value cache of n_context positions and chunk tokens a call."""
+    width, d_head = -(-config.d_value // 16) * 16, -(-config.d_head // 32) * 32
+    group = config.n_heads // config.n_kv_heads
+    n_blocks = -(-n_context // BLOCK)
+    n_parts = min(n_blocks, -(-config.n_kv_heads * n_blocks // n_threads)) if config.n_kv_heads % n_threads else 0
+    part = 12 * PANEL + 4 * PANEL * width
+    sizes = {
+        "queries": 4 * PANEL * d_head,
+        "ranges": RANGE.itemsize * PANEL,
+        "scores": 4 * PANEL * BLOCK,
+        "state": part,
+        "block": part,
+        "wide": 4 * wide_floats(config.d_head, width),
+        "key": 4 * d_head,
+        "value": 4 * (width + 16),
+        "spare": 4 * max(d_head, 16),
+        "work": max(ROWS.itemsize, POSITION.itemsize),
+        "own_factors": 8,
+        "parts": n_parts * (12 * -(-group // 16) * 16 + 4 * (group + MANY) * width) if group <= PANEL else 0,
+    }
+    scratch = np.zeros(1, SCRATCH)
+    end = 0
+    for name, size in sizes.items():
+        scratch[name] = end
+        end += -(-size // 64) * 64
+    scratch["stride"] = end
+    scratch["factors"] = n_threads * end
+    scratch["address"] = 0
+    return scratch
 
 
-@intrinsic
-def load_cached(typing_context: Any, cache: Any, address: Any) -> Any:
-    """16 floats at an address inside `cache`, an array of uint16 (half floats) or of float32."""
-    load = load_f16 if _is_half(cache) else load_f32
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list[Any]) -> Any:
-        _, emit = load._defn(typing_context, types.intp)
-        return emit(context, builder, None, [values[1]])
-
-    return f32x16(cache, types.intp), generate
+def scratch_bytes(config: ModelConfig, n_threads: int, n_context: int, chunk: int) -> int:
+    """Bytes of work space that the address of new_scratch(...) must have, aligned to 64."""
+    return int(new_scratch(config, n_threads, n_context, chunk)["factors"][0]) + 8 * chunk
 
 
-@intrinsic
-def store_cached(typing_context: Any, cache: Any, address: Any, value: Any) -> Any:
-    """One float, or 16, to an address inside `cache`, in the cache's own type."""
-    if value == types.float32:
-        store = store_half if _is_half(cache) else store_float
-    else:
-        store = store_f16 if _is_half(cache) else store_f32
+# ---- parts of the job ------------------------------------------------------------------------------------------------
+class _Job:
+    """A job as one thread sees it: its records, and how the work is shared."""
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list[Any]) -> Any:
-        _, emit = store._defn(typing_context, types.intp, value)
-        return emit(context, builder, None, [values[1], values[2]])
-
-    return types.void(cache, types.intp, value), generate
-
-
-@kernel
-def rotate(vector: int, angles: int, n: int, neox: int) -> None:
-    """Rotate the first n of the floats at `vector` by n/2 pairs of (cos, sin): pairs (i, i + n/2), or (2i, 2i + 1)."""
-    for i in range(n // 2):
-        cos, sin = load_float(angles + 8 * i), load_float(angles + 8 * i + 4)
-        first = vector + (4 * i if neox else 8 * i)
-        second = first + (2 * n if neox else 4)
-        a, b = load_float(first), load_float(second)
-        store_float(first, a * cos - b * sin)
-        store_float(second, a * sin + b * cos)
-
-
-@kernel
-def _prepare_heads(
-    vector: int,
-    n_heads: int,
-    d_head: int,
-    norm: int,
-    weight: int,
-    eps: float,
-    n_rotated: int,
-    neox: int,
-    angles: int,
-    scratch: int,
-) -> None:
-    """Norm and rotate one token's queries or keys, in place."""
-    if norm == 2:
-        rms_norm(vector, weight, vector, n_heads * d_head, eps)
-    for head in range(n_heads):
-        at = vector + 4 * head * d_head
-        if norm == 1:  # through scratch: a row must end in zeros, a head is followed by the next
-            for i in range((d_head + 15) // 16):
-                store_f32(scratch + 64 * i, splat(_ZERO))
-            for i in range(d_head):
-                store_float(scratch + 4 * i, load_float(at + 4 * i))
-            rms_norm(scratch, weight, scratch, d_head, eps)
-            for i in range(d_head):
-                store_float(at + 4 * i, load_float(scratch + 4 * i))
-        if n_rotated:
-            rotate(at, angles, n_rotated, neox)
-
-
-@kernel
-def _attend_block(
-    query: int,
-    keys: Any,
-    key_tile: int,
-    d_head: int,
-    values: Any,
-    value_row: int,
-    d_value: int,
-    n: int,
-    scale: float,
-    scores: int,
-    out: int,
-) -> Any:
-    """Attention over one block of n <= 64 positions: its maximum and sum of weights; unnormalised output at `out`."""
-    item = keys.itemsize
-    best = splat(_LOWEST)
-    for tile in range((n + 15) // 16):
-        total = splat(_ZERO)
-        at = key_tile + tile * 16 * d_head * item
-        for d in range(d_head):
-            total = fma(load_cached(keys, at + d * 16 * item), splat(load_float(query + 4 * d)), total)
-        total = keep_first(total * splat(np.float32(scale)), n - 16 * tile, splat(_LOWEST))
-        store_f32(scores + 64 * tile, total)
-        best = maximum(best, total)
-    largest = max_lanes(best)
-    sums = splat(_ZERO)
-    for tile in range((n + 15) // 16):
-        weights = exp(load_f32(scores + 64 * tile) - splat(largest))
-        store_f32(scores + 64 * tile, weights)
-        sums = sums + weights
-    width = (d_value + 15) // 16 * 16
-    for column in range(0, width, 16):
-        total = splat(_ZERO)
-        at = value_row + column * item
-        for position in range(n):
-            total = fma(
-                load_cached(values, at + position * width * item), splat(load_float(scores + 4 * position)), total
-            )
-        store_f32(out + 4 * column, total)
-    return largest, sum_lanes(sums)
-
-
-@kernel
-def _attend_head(
-    query: int,
-    keys: Any,
-    key_base: int,
-    d_head: int,
-    values: Any,
-    value_base: int,
-    d_value: int,
-    n_positions: int,
-    scale: float,
-    scratch: int,
-    out: int,
-) -> None:
-    """Attention of one query head over the first n_positions of its key/value head, d_value floats to `out`."""
-    width = (d_value + 15) // 16 * 16
-    block_out, total_out = scratch + 4 * 64, scratch + 4 * (64 + width)
-    largest, total = _LOWEST, _ZERO
-    for start in range(0, n_positions, 64):
-        key_tile = key_base + start * d_head * keys.itemsize
-        value_row = value_base + start * width * values.itemsize
-        n = min(64, n_positions - start)
-        block_largest, block_total = _attend_block(
-            query, keys, key_tile, d_head, values, value_row, d_value, n, scale, scratch, block_out
-        )
-        if start == 0:
-            largest, total = block_largest, block_total
-            for i in range(0, 4 * width, 64):
-                store_f32(total_out + i, load_f32(block_out + i))
-            continue
-        new = max(largest, block_largest)
-        old_share = first_lane(exp(splat(largest - new)))
-        block_share = first_lane(exp(splat(block_largest - new)))
-        total = fma1(total, old_share, block_total * block_share)
-        for i in range(0, 4 * width, 64):
-            part = load_f32(block_out + i) * splat(block_share)
-            store_f32(total_out + i, fma(load_f32(total_out + i), splat(old_share), part))
-        largest = new
-    for i in range(d_value):
-        store_float(out + 4 * i, load_float(total_out + 4 * i) / total)
-
-
-@kernel
-def _norm_row(activations: Any, row: int, x: int, weight: int, n: int, eps: float) -> None:
-    """RMS-norm the row at `x` into row `row` of the activations, as floats and (if asked for) as int8."""
-    out = activations.floats + 4 * row * activations.stride
-    rms_norm(x, weight, out, n, eps)
-    _quantise(activations, row, n)
-
-
-@kernel
-def _quantise(activations: Any, row: int, n: int) -> None:
-    """Quantise one row of activations if they are to be."""
-    if activations.quantised:
-        at = row * activations.stride
-        quantise_row(
-            activations.floats + 4 * at,
-            n,
-            activations.integers + at,
-            activations.scales + at // 8,
-            activations.sums + at // 8,
+    def __init__(self, code: Code, thread: Value, n_threads: Value, job: Value) -> None:
+        self.code, self.thread, self.n_threads = code, thread, n_threads
+        self.job = j = code.record(job, ATTEND_JOB)
+        self.layer = a = code.record(j.attention, ATTENTION)
+        self.cache = code.record(j.cache, CACHE)
+        self.scratch = code.record(j.scratch, SCRATCH)
+        self.own = self.scratch.address + thread * self.scratch.stride  # this thread's share of the work space
+        self.eps = a.location + ATTENTION.fields["eps"][1]  # type: ignore[index]
+        self.group = a.n_heads // a.n_kv_heads
+        self.width = (a.d_value + 15) // 16 * 16
+        self.n_rows = j.n_tokens * self.group  # of one key/value head
+        # One token, and all rows of a head at once: who attends to a head can write its key, with no barrier between.
+        self.alone = j.n_tokens.equals(1) & (self.n_rows <= PANEL)
+        self.first_block = self.lowest_block(j.start)
+        self.n_blocks = j.start // BLOCK + 1 - self.first_block  # of one token
+        without_work = n_threads - 1 - (a.n_kv_heads - 1) % n_threads  # threads, in the last round of heads
+        self.split = self.alone & (without_work * self.n_blocks >= _SPLIT_BLOCKS)
+        self.n_items = a.n_kv_heads * self.n_blocks  # if split
+        self.factors = code.choose(
+            self.alone, self.own + self.scratch.own_factors, self.scratch.address + self.scratch.factors
         )
 
+    def lowest_block(self, position: Value) -> Value:
+        """The first block that a position attends to."""
+        code, window = self.code, self.layer.window
+        return code.choose(window > 0, code.larger(0, position + 1 - window), 0) // BLOCK
+
+    def share(self, n: Value, thread: Value) -> Value:
+        """Where a thread's even share of n begins."""
+        return n * thread // self.n_threads
+
+    def find_factors(self, first_token: Value, end_token: Value) -> None:
+        """Norm factors of queries and keys of some tokens, if the whole vectors are normed: (n_tokens, 2)."""
+        code, j, a = self.code, self.job, self.layer
+        eps, spare = code.do(load_float, self.eps), self.own + self.scratch.spare
+        with code.when(a.qk_norm.equals(VECTOR_NORM)), code.loop(first_token, end_token) as t:
+            query, key = j.query + t * j.query_stride * 4, j.key + t * j.key_stride * 4
+            to = self.factors + t * 8
+            code.do(store_float, to, norm_factor(code, query, a.n_heads * a.d_head, eps, spare))
+            code.do(store_float, to + 4, norm_factor(code, key, a.n_kv_heads * a.d_head, eps, spare))
+
+    def prepare(self, row: Value, head: Value, weight: Value, factor: Value, token: Value, to: Value) -> None:
+        """Norm and rotate one head of a row of queries or keys."""
+        code, a = self.code, self.layer
+        offset = head * a.d_head * 4
+        prepare_head(
+            code,
+            source=row + offset,
+            n=a.d_head,
+            norm=a.qk_norm,
+            weight=weight + code.choose(a.qk_norm.equals(VECTOR_NORM), offset, 0),
+            factor=factor,
+            eps=self.eps,
+            to=to,
+            angles=self.job.angles + token * a.n_rotated * 4,
+            n_rotated=a.n_rotated,
+            neox=a.neox,
+        )
+
+    def write_tokens(self, kv_head: Value, first_token: Value, end_token: Value) -> None:
+        """Prepare the keys of one key/value head, and write them and its values to the cache."""
+        code, j, a, cache, s = self.code, self.job, self.layer, self.cache, self.scratch
+        w = code.record(self.own + s.work, POSITION)
+        w.key, w.value, w.spare = self.own + s.key, self.own + s.value, self.own + s.spare
+        w.d_head, w.d_value = a.d_head, a.d_value
+        w.values, w.key_scales, w.value_scales = cache.values, cache.key_scales, cache.value_scales
+        w.row_bytes = (cache.key_scales - cache.values) // BLOCK
+        with code.loop(first_token, end_token) as t:
+            position, row = j.start + t, j.key + t * j.key_stride * 4
+            w.block = cache.address + kv_head * cache.head_bytes + position // BLOCK * cache.block_bytes
+            w.lane = position % BLOCK
+            self.prepare(row, kv_head, a.key_norm, self.factors + t * 8 + 4, t, w.key)
+            value = j.value + (t * j.value_stride + kv_head * a.d_value) * 4
+            copy_row(code, value, a.d_value, (a.d_value + 31) // 32 * 32, w.value)
+            code.call_address(cache.write, w.location)
+
+    def prepare_queries(self, kv_head: Value, first_row: Value, n_rows: Value) -> None:
+        """Queries of some rows of a key/value head, row = token * heads per key/value head + head among them."""
+        code, j, a = self.code, self.job, self.layer
+        with code.loop(0, n_rows) as i:
+            t = (first_row + i) // self.group
+            head = kv_head * self.group + (first_row + i) % self.group
+            to = self.own + self.scratch.queries + i * _query_bytes(a.d_head)
+            self.prepare(j.query + t * j.query_stride * 4, head, a.query_norm, self.factors + t * 8, t, to)
+
+    def attend(
+        self, kv_head: Value, first_row: Value, n_rows: Value, first_block: Value, end_block: Value, parts: Value
+    ) -> None:
+        """Attention of prepared rows over some blocks: in the state, or each block's by itself in `parts` if not 0."""
+        code, a, cache, s = self.code, self.layer, self.cache, self.scratch
+        w = code.record(self.own + s.work, ROWS)
+        w.queries, w.query_stride = self.own + s.queries, _query_bytes(a.d_head)
+        w.d_head, w.width, w.n_rows, w.group, w.window = a.d_head, self.width, n_rows, self.group, a.window
+        w.position, w.in_group = self.job.start + first_row // self.group, first_row % self.group
+        w.first_block, w.end_block = first_block, end_block
+        w.head, w.block_bytes = cache.address + kv_head * cache.head_bytes, cache.block_bytes
+        w.key_scales, w.values, w.value_scales = cache.key_scales, cache.values, cache.value_scales
+        w.ranges, w.scores, w.wide = self.own + s.ranges, self.own + s.scores, self.own + s.wide
+        w.part, w.state, w.keep_apart = self.own + s.block, self.own + s.state, parts
+        w.scale = a.attention_scale
+        with code.either(parts.equals(0)) as (then, otherwise):
+            with then:
+                clear(code, w.state, n_rows, self.width)
+            with otherwise:
+                w.part = parts
+        code.call_address(cache.attend_blocks, w.location)
+
+    def finish(self, kv_head: Value, first_row: Value, n_rows: Value) -> None:
+        """Divide the state's outputs by the sums of weights, and write them to their rows."""
+        code, j, a = self.code, self.job, self.layer
+        state, lanes = self.own + self.scratch.state, lanes_bytes(n_rows)
+        whole = a.d_value // 16 * 64
+        with code.loop(0, n_rows) as row:
+            t = (first_row + row) // self.group
+            head = kv_head * self.group + (first_row + row) % self.group
+            source = state + lanes * 3 + row * self.width * 4
+            out = j.out + (t * j.out_stride + head * a.d_value) * 4
+            total = code.do(load_float, state + lanes + row * 4)
+            with code.loop(0, whole, 64) as i:
+                code.do(store_f32, out + i, code.do(load_f32, source + i) / code.splat(total))
+            with code.loop(whole, a.d_value * 4, 4) as i:
+                code.do(store_float, out + i, code.do(load_float, source + i) / total)
+
+    def add_parts(self, end_item: Value) -> None:
+        """Add the parts that the threads behind this one left of items up to end_item to this one's state."""
+        code, s = self.code, self.scratch
+        begin = self.share(self.n_items, self.thread + 1)
+        with code.loop(self.thread + 1, self.n_threads) as other:
+            parts = s.address + other * s.stride + s.parts
+            first = code.larger(begin, self.share(self.n_items, other))
+            last = code.smaller(end_item, self.share(self.n_items, other + 1))
+            with code.loop(first, last) as item:
+                part = parts + (item - first) * part_bytes(code, self.n_rows, self.width)
+                add_part(code, self.own + s.state, part, self.n_rows, self.width)
+
+
+def _query_bytes(d_head: Value) -> Value:
+    return (d_head + 31) // 32 * 128
+
+
+# ---- the job ---------------------------------------------------------------------------------------------------------
+@operation(3)
+def _write_keys(code: Code, thread: Value, n_threads: Value, job: Value) -> Value:
+    """Write keys and values; whether all threads must have done so before any goes on."""
+    job_ = _Job(code, thread, n_threads, job)
+    a, j = job_.layer, job_.job
+    first, last = job_.share(j.n_tokens, thread), job_.share(j.n_tokens, thread + 1)
+    first, last = code.choose(job_.alone, 0, first), code.choose(job_.alone, 1, last)
+    begin, end = job_.share(job_.n_items, thread), job_.share(job_.n_items, thread + 1)
+    job_.find_factors(first, last)
+    with code.loop(0, a.n_kv_heads) as head:
+        last_item = (head + 1) * job_.n_blocks  # of this head; who reads the new position writes it
+        mine = code.choose(job_.split, (begin < last_item) & (last_item <= end), (head % n_threads).equals(thread))
+        with code.when(mine | job_.alone.equals(0)):
+            job_.write_tokens(head, first, last)
+    return code.choose(job_.alone, 0, 1)
+
+
+@operation(3)
+def _attend(code: Code, thread: Value, n_threads: Value, job: Value) -> Value:
+    """Attention; whether threads left parts for each other."""
+    job_ = _Job(code, thread, n_threads, job)
+    a, j, n_rows, n_blocks = job_.layer, job_.job, job_.n_rows, job_.n_blocks
+    share = (n_rows * a.n_kv_heads + n_threads - 1) // n_threads  # a panel leaves work for all threads
+    most = code.smaller(PANEL, rows_in_registers(code, code.larger(share, AT_ONCE[-1])))
+    panel = code.choose(job_.alone, n_rows, most)
+    n_panels = (n_rows + panel - 1) // panel
+    item = code.variable(code.choose(job_.split, job_.share(job_.n_items, thread), thread))
+    end = code.choose(job_.split, job_.share(job_.n_items, thread + 1), n_panels * a.n_kv_heads)
+    with code.repeat(lambda: item.value < end):
+        now = item.value
+        head = code.choose(job_.split, now // n_blocks, now % a.n_kv_heads)
+        first_row = code.choose(job_.split, 0, now // a.n_kv_heads * panel)
+        rows = code.smaller(panel, n_rows - first_row)
+        first = job_.lowest_block(j.start + first_row // job_.group)
+        last = (j.start + (first_row + rows - 1) // job_.group) // BLOCK + 1
+        behind = code.choose(job_.split, now - head * n_blocks, 0)  # blocks that another thread attends to
+        here = code.choose(job_.split, code.smaller(n_blocks - behind, end - now), last - first)
+        parts = code.choose(behind > 0, job_.own + job_.scratch.parts, 0)
+        job_.prepare_queries(head, first_row, rows)
+        job_.attend(head, first_row, rows, first + behind, first + behind + here, parts)
+        with code.when(here.equals(last - first)):
+            job_.finish(head, first_row, rows)
+        item.value = now + code.choose(job_.split, here, n_threads)
+    return code.choose(job_.split, 1, 0)
+
+
+@operation(3)
+def _add_others(code: Code, thread: Value, n_threads: Value, job: Value) -> None:
+    """End the head that this thread began and others ended, if there is one."""
+    job_ = _Job(code, thread, n_threads, job)
+    begin, end = job_.share(job_.n_items, thread), job_.share(job_.n_items, thread + 1)
+    head = end // job_.n_blocks
+    with code.when((begin <= head * job_.n_blocks) & (head * job_.n_blocks < end)):
+        job_.add_parts((head + 1) * job_.n_blocks)
+        job_.finish(head, code.value(0), job_.n_rows)
+
 
 @kernel
-def attend(
-    thread: int,
-    n_threads: int,
-    barrier: int,
-    layers: Any,
-    matrices: Any,
-    works: Any,
-    activations: Any,
-    x: int,
-    x_stride: int,
-    n_tokens: int,
-    start: int,
-    angles: int,
-    keys: Any,
-    values: Any,
-) -> None:
-    """Attention half of a layer for n_tokens at positions start, start + 1, ...
+def attend(thread: int, n_threads: int, barrier: int, job: int) -> None:
+    """Attention of the tokens of an ATTEND_JOB.
 
-    layers: LAYER (1,); matrices: MATRIX (5,); works: WORK (1,); activations: ACTIVATIONS (2,), normed input and
-    attention output. x: address of the residual stream, updated in place; its norm for the feed-forward half is left in
-    activations[0] and router scores in the work space. keys: (n_kv_heads, n_context / 16, d_head, 16), values:
-    (n_kv_heads, n_context, d_value padded to 16), uint16 or float32. angles: address of (cos, sin) from `start` on.
+    All threads call it after a barrier behind the rows of queries, keys and values; none may use the outputs, nor
+    change those rows, the work space or the cache, before they have met again.
     """
-    layer, work, normed, attended = layers[0], works[0], activations[0], activations[1]
-    scratch = work.scratch + 4 * thread * work.scratch_stride
-    for t in range(thread, n_tokens, n_threads):
-        _norm_row(normed, t, x + 4 * t * x_stride, layer.attention_norm, layer.d_model, layer.eps)
-    meet(barrier, n_threads)
-    multiply(matrices[0], normed, n_tokens, work.query, work.query_stride, thread, n_threads)
-    multiply(matrices[1], normed, n_tokens, work.key, work.key_stride, thread, n_threads)
-    multiply(matrices[2], normed, n_tokens, work.value, work.value_stride, thread, n_threads)
-    meet(barrier, n_threads)
-
-    head_keys = keys.shape[1] * keys.shape[2] * 16 * keys.itemsize  # bytes of one head's keys
-    width = values.shape[2]
-    head_values = values.shape[1] * width * values.itemsize
-    key_cache, value_cache = keys.ctypes.data, values.ctypes.data
-    for t in range(thread, n_tokens, n_threads):
-        turn = angles + 4 * t * layer.n_rotated
-        query, key = work.query + 4 * t * work.query_stride, work.key + 4 * t * work.key_stride
-        _prepare_heads(
-            query,
-            layer.n_heads,
-            layer.d_head,
-            layer.qk_norm,
-            layer.query_norm,
-            layer.eps,
-            layer.n_rotated,
-            layer.neox,
-            turn,
-            scratch,
-        )
-        _prepare_heads(
-            key,
-            layer.n_kv_heads,
-            layer.d_head,
-            layer.qk_norm,
-            layer.key_norm,
-            layer.eps,
-            layer.n_rotated,
-            layer.neox,
-            turn,
-            scratch,
-        )
-        position = start + t
-        for head in range(layer.n_kv_heads):
-            tile = key_cache + head * head_keys + (position // 16) * layer.d_head * 16 * keys.itemsize
-            for d in range(layer.d_head):
-                value = load_float(key + 4 * (head * layer.d_head + d))
-                store_cached(keys, tile + (d * 16 + position % 16) * keys.itemsize, value)
-            row = value_cache + head * head_values + position * width * values.itemsize
-            value_in = work.value + 4 * (t * work.value_stride + head * layer.d_value)
-            for d in range(layer.d_value):
-                store_cached(values, row + d * values.itemsize, load_float(value_in + 4 * d))
-    meet(barrier, n_threads)
-
-    per_kv = layer.n_heads // layer.n_kv_heads
-    for item in range(thread, n_tokens * layer.n_heads, n_threads):
-        t, head = item // layer.n_heads, item % layer.n_heads
-        _attend_head(
-            work.query + 4 * (t * work.query_stride + head * layer.d_head),
-            keys,
-            key_cache + head // per_kv * head_keys,
-            layer.d_head,
-            values,
-            value_cache + head // per_kv * head_values,
-            layer.d_value,
-            start + t + 1,
-            layer.attention_scale,
-            scratch,
-            attended.floats + 4 * (t * attended.stride + head * layer.d_value),
-        )
-    meet(barrier, n_threads)
-    for t in range(thread, n_tokens, n_threads):
-        _quantise(attended, t, layer.n_heads * layer.d_value)
-    meet(barrier, n_threads)
-    multiply(matrices[3], attended, n_tokens, work.output, work.output_stride, thread, n_threads)
-    meet(barrier, n_threads)
-
-    for t in range(thread, n_tokens, n_threads):
-        row, output = x + 4 * t * x_stride, work.output + 4 * t * work.output_stride
-        for i in range(0, 4 * layer.d_model, 64):
-            store_f32(row + i, fma(load_f32(output + i), splat(layer.residual_scale), load_f32(row + i)))
-        _norm_row(normed, t, row, layer.feed_forward_norm, layer.d_model, layer.eps)
-    meet(barrier, n_threads)
-    if layer.router:
-        multiply(matrices[4], normed, n_tokens, work.scores, work.scores_stride, thread, n_threads)
+    if _write_keys(thread, n_threads, job):
         meet(barrier, n_threads)
+    if _attend(thread, n_threads, job):
+        meet(barrier, n_threads)
+        _add_others(thread, n_threads, job)

@@ -6,17 +6,17 @@ layer. It knows nothing of files, of residency, or of which experts were chosen 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edgert.quant.formats import MatrixSource
+from edgert.quant.formats import Format, MatrixSource
 from edgert.types import Floats, Ids, ModelConfig, Routes
 
-CHUNK = 256  # most tokens that one call takes
+CHUNK = 512  # most tokens that one call takes
 Table = npt.NDArray[Any]  # (n_expert,) or (n_expert, ...) of a device's own kind; indexed by expert ids
 
 
@@ -52,6 +52,7 @@ class LayerWeights:
     router: MatrixSource | None = None  # (n_expert, d_model)
     shared: ExpertWeights | None = None  # the shared expert, or a dense layer's network
     shared_gate: MatrixSource | None = None  # (1, d_model)
+    window: int = 0  # positions that a token attends to, its own the last; 0: all
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class Device(Protocol):
 
     name: str
 
+    @staticmethod
+    def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+        """What a model with matrices of these formats needs compiled: kernels, and how many integers each takes."""
+
     def add_layer(self, weights: LayerWeights) -> None:
         """Take the hot weights of the next layer."""
 
@@ -93,7 +98,7 @@ class Device(Protocol):
         """An expert as a row for a table; the device keeps what the row points to."""
 
     def new_cache(self, n_context: int, kv_type: str) -> Cache:
-        """A key/value cache for `n_context` positions, "f16" or "f32"."""
+        """A key/value cache for `n_context` positions, of one of kv_cache.KV_TYPES."""
 
     def begin(self, embeddings: Floats) -> None:
         """Make `embeddings` the residual stream of a chunk."""

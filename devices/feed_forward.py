@@ -1,7 +1,8 @@
-"""The compiled feed-forward half of a layer: experts, shared expert or dense network, their weighted sum; the head.
+"""The compiled feed-forward half of a layer: experts, shared expert or dense network, and their weighted sum.
 
-Each expert computes all tokens routed to it, so within a chunk its weights are read once. Outputs are kept apart per
-(token, expert) and summed in ascending expert id, whatever the order in which experts arrive.
+Each expert computes all tokens routed to it, so within a chunk its weights are read once. A thread owns columns: of an
+expert's hidden vector while gate, up and activation run, which it quantises at once, and of the output afterwards. It
+adds the experts' outputs up in ascending id where all are there, or keeps them apart until `combine` does.
 """
 
 from __future__ import annotations
@@ -10,174 +11,164 @@ from typing import Any
 
 import numpy as np
 
-from edgert.devices.threads import meet
-from edgert.quant.functions import quantise_row, rms_norm, sigmoid, silu
-from edgert.quant.jit import kernel
-from edgert.quant.matmul import multiply, multiply_tile
-from edgert.quant.simd import first_lane, fma, load_f32, splat, store_f32
+from edgert.quant.functions import activate, quantise_group, sigmoid
+from edgert.quant.jit import inner
+from edgert.quant.matmul import MATRIX, ROWS, multiply_blocks, multiply_row, put_rows, row_bytes, rows_at_once
+from edgert.quant.records import at, record
+from edgert.quant.simd import first_lane, fma, load_f32, load_float, load_long, splat, store_f32
+from edgert.quant.tile_kernels import GROUP_BYTES
 
-GATE, UP, DOWN = range(3)  # columns of a table of expert matrices
-
-
-@kernel
-def _gate_and_up(experts: Any, first: Any, tokens: Any, x: Any, hidden: Any, thread: int, n_threads: int) -> None:
-    """hidden[pair] = silu(gate x) * (up x) for every (token, expert) pair of a group, tiles dealt out to threads."""
-    item = 0
-    for expert in range(len(experts)):
-        if first[expert] == first[expert + 1]:
-            continue
-        gate, up = experts[expert, 0], experts[expert, 1]
-        for tile in range((gate.n_out + 15) // 16):
-            mine = item % n_threads == thread
-            item += 1
-            if not mine:
-                continue
-            for pair in range(first[expert], first[expert + 1]):
-                left = silu(multiply_tile(gate, tile, x, tokens[pair]))
-                right = multiply_tile(up, tile, x, tokens[pair])
-                store_f32(hidden.floats + 4 * (pair * hidden.stride + 16 * tile), left * right)
+# Networks and the rows that they serve: `n_experts` times three MATRIX (gate, up, down) at `matrices`. Pairs first[e]
+# to first[e + 1] (int64) belong to expert e; pair p takes input row tokens[p] and, if outputs are kept apart, gives
+# output row slots[p]. `weights` (float32) is indexed by slot; `hidden` is the address of ROWS, a row for each pair.
+GROUP = record("matrices n_experts first tokens slots weights hidden activation")
+_MATRIX = MATRIX.itemsize
+_UNIT = 2  # tiles of the hidden vector that are computed at a time: 32 columns, a group of the next activations
+_ROW_UNITS = 32  # such units of a single row
+_PART = 72 * 32 * 4  # bytes of 64 rows and the 8 that may be written behind them, 32 columns
+PARTS_BYTES = 2 * _PART
+_ZERO = np.float32(0)
 
 
-@kernel
-def _quantise_hidden(hidden: Any, n_pairs: int, d_ff: int, thread: int, n_threads: int) -> None:
-    if hidden.quantised:
-        for pair in range(thread, n_pairs, n_threads):
-            at = pair * hidden.stride
-            quantise_row(
-                hidden.floats + 4 * at, d_ff, hidden.integers + at, hidden.scales + at // 8, hidden.sums + at // 8
-            )
+@inner
+def _same_rows(first: int, second: int) -> bool:
+    """Whether rows put into blocks for one matrix (address of MATRIX) serve the other."""
+    a, b = at(first, MATRIX), at(second, MATRIX)
+    return a.floats == b.floats and a.offset == b.offset and a.has_minimum == b.has_minimum and a.halves == b.halves
 
 
-@kernel
-def _down(
-    experts: Any, first: Any, slots: Any, hidden: Any, out: int, out_stride: int, thread: int, n_threads: int
+@inner
+def _finish_hidden(
+    gate: int, up: int, n: int, columns: int, activation: int, hidden: int, row: int, unit: int, floats: bool
 ) -> None:
-    """out[slot] = down hidden[pair], tiles dealt out to threads."""
-    item = 0
-    for expert in range(len(experts)):
-        if first[expert] == first[expert + 1]:
-            continue
-        down = experts[expert, 2]
-        for tile in range((down.n_out + 15) // 16):
-            mine = item % n_threads == thread
-            item += 1
-            if not mine:
-                continue
-            for pair in range(first[expert], first[expert + 1]):
-                store_f32(out + 4 * (slots[pair] * out_stride + 16 * tile), multiply_tile(down, tile, hidden, pair))
+    """Activation of n rows of 32 columns, quantised (and as floats if asked for) into rows of `hidden`."""
+    h = at(hidden, ROWS)
+    for i in range(n):
+        g, u = gate + 128 * i, up + 128 * i
+        low, high = activate(load_f32(g), load_f32(u), activation), splat(_ZERO)
+        if columns > 16:
+            high = activate(load_f32(g + 64), load_f32(u + 64), activation)
+        if h.group_stride:
+            quantise_group(low, high, h.groups + (row + i) * h.group_stride + GROUP_BYTES * unit)
+        if floats:
+            out = h.floats + 4 * (row + i) * h.stride + 128 * unit
+            store_f32(out, low)
+            store_f32(out + 64, high)
 
 
-@kernel
-def run_experts(
-    thread: int,
-    n_threads: int,
-    barrier: int,
-    activations: Any,
-    experts: Any,
-    first: Any,
-    tokens: Any,
-    slots: Any,
-    shared: Any,
-    shared_first: Any,
-    shared_tokens: Any,
-    shared_slots: Any,
-    out: int,
-    out_stride: int,
-) -> None:
-    """Outputs of a group of experts, and of the shared one.
+@inner
+def gate_and_up(thread: int, n_threads: int, group: int, rows: int, own: int, parts: int, scratch: int) -> None:
+    """hidden[pair] = activation(gate x, up x) for every pair of a group.
 
-    activations: ACTIVATIONS (3,): normed input, hidden of routed pairs, hidden of shared pairs. experts: MATRIX
-    (n_experts, 3); pairs first[e] to first[e + 1] belong to expert e, pair p takes row tokens[p] and gives row slots[p]
-    of `out` (address of floats, rows out_stride apart). The four `shared` arguments likewise; any group may be empty.
+    rows: address of ROWS of the input; own: added to the numbers of its rows; parts and scratch: the thread's own.
     """
-    x, hidden, shared_hidden = activations[0], activations[1], activations[2]
-    _gate_and_up(experts, first, tokens, x, hidden, thread, n_threads)
-    _gate_and_up(shared, shared_first, shared_tokens, x, shared_hidden, thread, n_threads)
-    meet(barrier, n_threads)
-    if len(experts):
-        _quantise_hidden(hidden, len(tokens), experts[0, 0].n_out, thread, n_threads)
-    if len(shared):
-        _quantise_hidden(shared_hidden, len(shared_tokens), shared[0, 0].n_out, thread, n_threads)
-    meet(barrier, n_threads)
-    _down(experts, first, slots, hidden, out, out_stride, thread, n_threads)
-    _down(shared, shared_first, shared_slots, shared_hidden, out, out_stride, thread, n_threads)
-    meet(barrier, n_threads)
+    g = at(group, GROUP)
+    for expert in range(g.n_experts):
+        start, end = load_long(g.first + 8 * expert), load_long(g.first + 8 * expert + 8)
+        if start == end:
+            continue
+        gate, up = g.matrices + 3 * expert * _MATRIX, g.matrices + (3 * expert + 1) * _MATRIX
+        n_tiles = (at(gate, MATRIX).n_out + 15) // 16
+        floats = at(up + _MATRIX, MATRIX).floats != 0
+        n_units = (n_tiles + _UNIT - 1) // _UNIT
+        turn = (thread + expert) % n_threads  # so that no thread has the larger share of every expert
+        first_unit, last_unit = n_units * turn // n_threads, n_units * (turn + 1) // n_threads
+        if end - start == 1:
+            row = load_long(g.tokens + 8 * start) + own
+            for first in range(first_unit, last_unit, _ROW_UNITS):  # long reads: memory likes them
+                last = min(first + _ROW_UNITS, last_unit)
+                tile, n = _UNIT * first, min(_UNIT * last, n_tiles) - _UNIT * first
+                multiply_row(gate, rows, row, tile, n, parts)
+                multiply_row(up, rows, row, tile, n, parts + _PART)
+                for unit in range(first, last):
+                    part = parts + 128 * (unit - first)
+                    columns = 16 * min(_UNIT, n_tiles - _UNIT * unit)
+                    _finish_hidden(part, part + _PART, 1, columns, g.activation, g.hidden, start, unit, floats)
+            continue
+        step, same = min(rows_at_once(gate), rows_at_once(up)), _same_rows(gate, up)
+        half = scratch if same else scratch + (step * row_bytes(gate) + 63) // 64 * 64
+        for first in range(start, end, step):
+            count = min(step, end - first)
+            put_rows(gate, rows, g.tokens, first, count, scratch)
+            if not same:
+                put_rows(up, rows, g.tokens, first, count, half)
+            for unit in range(first_unit, last_unit):
+                n = min(_UNIT, n_tiles - _UNIT * unit)
+                multiply_blocks(gate, scratch, count, _UNIT * unit, n, parts, 32)
+                multiply_blocks(up, half, count, _UNIT * unit, n, parts + _PART, 32)
+                _finish_hidden(parts, parts + _PART, count, 16 * n, g.activation, g.hidden, first, unit, floats)
 
 
-@kernel
-def combine(
-    thread: int,
-    n_threads: int,
-    x: int,
-    x_stride: int,
-    n_tokens: int,
-    d_model: int,
-    residual_scale: float,
-    outputs: int,
-    stride: int,
-    order: Any,
-    weights: Any,
-    shared_slot: int,
-    shared_gate: Any,
-    activations: Any,
-) -> None:
-    """x += residual_scale * (sum of weights * expert outputs + shared output), experts in ascending id.
+@inner
+def _put_out(source: int, n_bytes: int, weight: float, to: int, add: int) -> None:
+    """Copy floats, or add them times a weight."""
+    for i in range(0, n_bytes, 64):
+        if add:
+            store_f32(to + i, fma(splat(np.float32(weight)), load_f32(source + i), load_f32(to + i)))
+        else:
+            store_f32(to + i, load_f32(source + i))
 
-    order, weights: (n_tokens, top_k) of Routes; the output of choice k of token t is row t * top_k + k. shared_slot:
-    row of token 0's shared output, or -1. shared_gate: MATRIX (0 or 1,), whose one row times the normed input gates the
-    shared output through a sigmoid. Tokens are dealt out to threads.
+
+@inner
+def down(thread: int, n_threads: int, group: int, out: int, stride: int, add: int, parts: int, scratch: int) -> None:
+    """Outputs of every pair of a group, in rows of `out`, `stride` floats apart.
+
+    With `add`, they are added up, times their weights, in their tokens' rows; else each is left in its slot's row.
     """
-    top_k = order.shape[1]
-    for t in range(thread, n_tokens, n_threads):
-        share = splat(np.float32(1))
-        if len(shared_gate):
-            share = splat(first_lane(sigmoid(multiply_tile(shared_gate[0], 0, activations[0], t))))
-        for i in range(0, 4 * d_model, 64):
-            total = splat(np.float32(0))
-            for place in range(top_k):
-                k = order[t, place]
-                output = load_f32(outputs + 4 * (t * top_k + k) * stride + i)
-                total = fma(splat(weights[t, k]), output, total)
-            if shared_slot >= 0:
-                total = fma(share, load_f32(outputs + 4 * (shared_slot + t) * stride + i), total)
-            at = x + 4 * t * x_stride + i
-            store_f32(at, fma(total, splat(np.float32(residual_scale)), load_f32(at)))
+    g = at(group, GROUP)
+    for expert in range(g.n_experts):
+        start, end = load_long(g.first + 8 * expert), load_long(g.first + 8 * expert + 8)
+        if start == end:
+            continue
+        matrix = g.matrices + (3 * expert + 2) * _MATRIX
+        n_tiles = (at(matrix, MATRIX).n_out + 15) // 16
+        first_tile, last = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
+        single = end - start == 1
+        unit = _UNIT * _ROW_UNITS if single else _UNIT
+        step = 1 if single else rows_at_once(matrix)
+        for first in range(start, end, step):
+            count = min(step, end - first)
+            if not single:
+                put_rows(matrix, g.hidden, 0, first, count, scratch)
+            for tile in range(first_tile, last, unit):
+                n = min(unit, last - tile)
+                if single:
+                    multiply_row(matrix, g.hidden, first, tile, n, parts)
+                else:
+                    multiply_blocks(matrix, scratch, count, tile, n, parts, 32)
+                for i in range(count):
+                    slot = load_long(g.slots + 8 * (first + i))
+                    row, weight = slot, _ZERO
+                    if add:
+                        row, weight = load_long(g.tokens + 8 * (first + i)), load_float(g.weights + 4 * slot)
+                    _put_out(parts + 128 * i, 64 * n, weight, out + 4 * row * stride + 64 * tile, add)
 
 
-@kernel
-def head(
-    thread: int,
-    n_threads: int,
-    barrier: int,
-    x: int,
-    x_stride: int,
-    n_tokens: int,
-    norm: int,
-    eps: float,
-    activations: Any,
-    matrices: Any,
-    scale: float,
-    logits: int,
-    logits_stride: int,
+@inner
+def share_of(gate: int, rows: int, row: int, part: int) -> Any:
+    """What the shared expert's output counts for one token: sigmoid(gate x), or 1 without a gate (its MATRIX)."""
+    if gate == 0:
+        return np.float32(1)
+    multiply_row(gate, rows, row, 0, 1, part)
+    return first_lane(sigmoid(load_f32(part)))
+
+
+@inner
+def zero_columns(thread: int, n_threads: int, out: int, stride: int, n_rows: int, n_tiles: int) -> None:
+    """Zero this thread's columns of some rows."""
+    first, last = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
+    for row in range(n_rows):
+        for tile in range(first, last):
+            store_f32(out + 4 * row * stride + 64 * tile, splat(_ZERO))
+
+
+@inner
+def add_columns(
+    thread: int, n_threads: int, x: int, x_stride: int, added: int, stride: int, n_rows: int, n_tiles: int, scale: float
 ) -> None:
-    """logits = scale * (output matrix times normed rows of x); activations: ACTIVATIONS (1,), matrices: MATRIX (1,)."""
-    normed, matrix = activations[0], matrices[0]
-    for t in range(thread, n_tokens, n_threads):
-        at = t * normed.stride
-        rms_norm(x + 4 * t * x_stride, norm, normed.floats + 4 * at, matrix.n_in, eps)
-        if normed.quantised:
-            quantise_row(
-                normed.floats + 4 * at,
-                matrix.n_in,
-                normed.integers + at,
-                normed.scales + at // 8,
-                normed.sums + at // 8,
-            )
-    meet(barrier, n_threads)
-    multiply(matrix, normed, n_tokens, logits, logits_stride, thread, n_threads)
-    meet(barrier, n_threads)
-    for t in range(thread, n_tokens, n_threads):
-        for i in range(0, 4 * matrix.n_out, 64):
-            at = logits + 4 * t * logits_stride + i
-            store_f32(at, load_f32(at) * splat(np.float32(scale)))
-    meet(barrier, n_threads)
+    """x += scale * added, this thread's columns of some rows."""
+    first, last = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
+    for row in range(n_rows):
+        for tile in range(first, last):
+            to, source = x + 4 * row * x_stride + 64 * tile, added + 4 * row * stride + 64 * tile
+            store_f32(to, fma(load_f32(source), splat(np.float32(scale)), load_f32(to)))

@@ -1,88 +1,280 @@
-"""All layers in one compiled call, for a model whose experts are all in RAM.
+"""The compiled jobs of a step: all layers in one call, or the halves of one layer where experts come from elsewhere.
 
-The same kernels in the same order as layer by layer, so the same bits; but Python, and with it the interpreter lock
-that other threads of the program may hold, is asked once a step instead of three times a layer.
+Every thread of a pool runs them together. With several tokens, rows are dealt out where work goes row by row, and
+columns where it goes through a matrix; with one token each thread makes the rows that it needs for itself, in row
+number `thread` of the buffers: doing little work twice costs less than waiting for each other.
+
+The larger parts are called by their addresses in STEP: each is compiled once, not again in whoever calls it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
 
-from edgert.devices.attention import attend
-from edgert.devices.feed_forward import combine, run_experts
+from edgert.devices.feed_forward import (
+    GROUP,
+    PARTS_BYTES,
+    add_columns,
+    share_of,
+    zero_columns,
+)
 from edgert.devices.routing import choose_row, sort_pairs
 from edgert.devices.threads import meet
-from edgert.quant.jit import kernel
+from edgert.quant.functions import quantise_row, rms_norm
+from edgert.quant.jit import inner
+from edgert.quant.matmul import MATRIX, ROWS
+from edgert.quant.records import at, call, record, view
+from edgert.quant.simd import fma, load_f32, load_float, splat, store_f32, store_float
+
+# One layer: addresses of MATRIX (router, shared_gate: or 0), of three MATRIX (shared: or 0), of the MATRIX of its
+# experts, of norm weights, and of what the attention job takes.
+LAYER = record("query key value output router experts shared shared_gate attention_norm feed_forward_norm attend_job")
+
+# A step. `rows` are addresses of ROWS; other buffers are float rows with their strides in floats. `routings` holds
+# ROUTING, first that of several tokens, then one for each thread; `groups` two GROUP a thread. The last fields are of
+# a layer at a time: the group of experts, the order and weights of the routes, and whether the shared one runs.
+STEP = record(
+    "layers n_layers n_tokens d_model x x_stride normed attended attended_width attend"
+    " query query_stride key key_stride value value_stride output output_stride scores scores_stride"
+    " outputs outputs_stride shared_slot routings groups n_expert top_k softmax normalise activation"
+    " hidden shared_hidden"
+    " attention_half multiply gate_and_up down"
+    " n_used scratch scratch_bytes head_norm head logits logits_stride first_row n_rows"
+    " layer group_matrices group_size first tokens slots order weights with_shared",
+    floats="eps residual_scale router_scale logit_scale",
+)
+# Routes of some tokens: addresses of ids, order, slots, tokens (int64, top_k a token), first (int64, n_expert + 1),
+# weights (float32, top_k a token), shares of the shared expert (float32, one a token), probabilities (float32,
+# n_expert).
+ROUTING = record("ids weights order first tokens slots shares probabilities all_tokens")
+_MATRIX, _GROUP, _LAYER, _ROUTING = MATRIX.itemsize, GROUP.itemsize, LAYER.itemsize, ROUTING.itemsize
 
 
-@kernel
-def run_layers(
-    thread: int,
-    n_threads: int,
-    barrier: int,
-    layers: Any,
-    matrices: Any,
-    works: Any,
-    attention_rows: Any,
-    x: int,
-    x_stride: int,
-    n_tokens: int,
-    start: int,
-    angles: int,
-    keys: Any,
-    values: Any,
-    tables: Any,
-    expert_rows: Any,
-    outputs: int,
-    outputs_stride: int,
-    shared: Any,
-    shared_gates: Any,
-    all_tokens: Any,
-    scores: Any,
-    softmax: bool,
-    normalise: bool,
-    scale: float,
-    probabilities: Any,
-    ids: Any,
-    weights: Any,
-    order: Any,
-    first: Any,
-    tokens: Any,
-    slots: Any,
-    n_used: Any,
+@inner
+def _tiles(matrix: int) -> int:
+    return (at(matrix, MATRIX).n_out + 15) // 16
+
+
+@inner
+def _project(
+    thread: int, n_threads: int, step: int, matrix: int, rows: int, first: int, count: int, out: int, stride: int
 ) -> None:
-    """Run the tokens of a chunk through every layer; arguments as those of attend, run_experts and combine.
+    """This thread's columns of rows times a matrix."""
+    s, n_tiles = at(step, STEP), _tiles(matrix)
+    tile, last = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
+    scratch = s.scratch + thread * s.scratch_bytes + PARTS_BYTES
+    call(s.multiply, (matrix, rows, first, count, tile, last - tile, out, stride, scratch))
 
-    layers: LAYER (n_layers,); matrices: MATRIX (n_layers, 5); keys and values: as for attend, with n_layers before;
-    tables: MATRIX (n_layers, n_expert, 3); shared: (n_layers, 0 or 1, 3); shared_gates: (n_layers, 0 or 1);
-    probabilities: (n_threads, n_expert); ids, weights, order: (n_tokens, top_k); first: (n_expert + 1,); tokens, slots:
-    (n_tokens * top_k,); all_tokens: 0, 1, 2, ... up to all rows of `outputs`; n_used (1,) counts experts used, layer
-    by layer. A model without experts has n_expert = top_k = 0.
-    """
-    top_k, n_expert = ids.shape[1], len(first) - 1
-    n_shared = n_tokens * shared.shape[1]
-    shared_first = all_tokens[:2] * n_tokens  # [0, n_tokens]
-    for layer in range(len(layers)):
-        attend(
-            thread, n_threads, barrier, layers[layer : layer + 1], matrices[layer], works, attention_rows, x, x_stride,
-            n_tokens, start, angles, keys[layer], values[layer],
-        )  # fmt: skip
-        if n_expert:
-            for t in range(thread, n_tokens, n_threads):
-                choose_row(scores[t], softmax, normalise, scale, probabilities[thread], ids[t], weights[t], order[t])
-            meet(barrier, n_threads)
-            if thread == 0:
-                sort_pairs(ids, first, tokens, slots)
-                for expert in range(n_expert):
-                    n_used[0] += first[expert] < first[expert + 1]
-            meet(barrier, n_threads)
-        run_experts(
-            thread, n_threads, barrier, expert_rows, tables[layer], first, tokens, slots, shared[layer],
-            shared_first, all_tokens[:n_shared], all_tokens[n_tokens * top_k : n_tokens * top_k + n_shared], outputs,
-            outputs_stride,
-        )  # fmt: skip
-        combine(
-            thread, n_threads, x, x_stride, n_tokens, layers[layer].d_model, layers[layer].residual_scale, outputs,
-            outputs_stride, order, weights, n_tokens * top_k if n_shared else -1, shared_gates[layer], expert_rows,
-        )  # fmt: skip
+
+@inner
+def _norm(thread: int, n_threads: int, barrier: int, step: int, weight: int, first_row: int, count: int) -> None:
+    """RMS-norm rows of the residual stream into `normed`, as floats and as int8."""
+    s = at(step, STEP)
+    r = at(s.normed, ROWS)
+    single = count == 1
+    for i in range(0 if single else thread, count, 1 if single else n_threads):
+        row = thread if single else i
+        out = r.floats + 4 * row * r.stride
+        rms_norm(s.x + 4 * (first_row + i) * s.x_stride, weight, out, s.d_model, s.eps)
+        if r.group_stride:
+            quantise_row(out, s.d_model, r.groups + row * r.group_stride)
+    if not single:
+        meet(barrier, n_threads)
+
+
+@inner
+def _quantise_attended(thread: int, n_threads: int, barrier: int, step: int) -> None:
+    s = at(step, STEP)
+    r = at(s.attended, ROWS)
+    single = s.n_tokens == 1
+    for i in range(0 if single else thread, s.n_tokens, 1 if single else n_threads):
+        row = thread if single else i
+        floats = r.floats + 4 * row * r.stride
+        if row != i:
+            for k in range(0, 4 * s.attended_width, 64):
+                store_f32(floats + k, load_f32(r.floats + k))
+        if r.group_stride:
+            quantise_row(floats, s.attended_width, r.groups + row * r.group_stride)
+    if not single:
+        meet(barrier, n_threads)
+
+
+@inner
+def attention_half(thread: int, n_threads: int, barrier: int, step: int, index: int) -> None:
+    """Norm, q/k/v, attention, output, residual, norm, router scores of one layer."""
+    s = at(step, STEP)
+    layer = at(s.layers + index * _LAYER, LAYER)
+    n, own = s.n_tokens, thread if s.n_tokens == 1 else 0
+    _norm(thread, n_threads, barrier, step, layer.attention_norm, 0, n)
+    _project(thread, n_threads, step, layer.query, s.normed, own, n, s.query, s.query_stride)
+    _project(thread, n_threads, step, layer.key, s.normed, own, n, s.key, s.key_stride)
+    _project(thread, n_threads, step, layer.value, s.normed, own, n, s.value, s.value_stride)
+    meet(barrier, n_threads)
+    call(s.attend, (thread, n_threads, barrier, layer.attend_job))
+    meet(barrier, n_threads)
+    _quantise_attended(thread, n_threads, barrier, step)
+    _project(thread, n_threads, step, layer.output, s.attended, own, n, s.output, s.output_stride)
+    add_columns(
+        thread, n_threads, s.x, s.x_stride, s.output, s.output_stride, n, _tiles(layer.output), s.residual_scale
+    )
+    meet(barrier, n_threads)
+    _norm(thread, n_threads, barrier, step, layer.feed_forward_norm, 0, n)
+    if layer.router:
+        _project(thread, n_threads, step, layer.router, s.normed, own, n, s.scores, s.scores_stride)
+        meet(barrier, n_threads)
+
+
+@inner
+def _route(thread: int, n_threads: int, barrier: int, step: int) -> int:
+    """Choose the experts of all tokens and sort the pairs; the address of the ROUTING to use."""
+    s = at(step, STEP)
+    n = s.n_tokens
+    routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
+    r, mine = at(routing, ROUTING), at(s.routings + (thread + 1) * _ROUTING, ROUTING)
+    ids = view(r.ids, n * s.top_k, np.int64(0))
+    weights = view(r.weights, n * s.top_k, np.float32(0))
+    order = view(r.order, n * s.top_k, np.int64(0))
+    probabilities = view(mine.probabilities, s.n_expert, np.float32(0))
+    for t in range(0 if n == 1 else thread, n, 1 if n == 1 else n_threads):
+        own = slice(t * s.top_k, (t + 1) * s.top_k)
+        scores = view(s.scores + 4 * t * s.scores_stride, s.n_expert, np.float32(0))
+        choose_row(
+            scores, s.softmax != 0, s.normalise != 0, s.router_scale, probabilities, ids[own], weights[own], order[own]
+        )
+    if n > 1:
+        meet(barrier, n_threads)
+    if n == 1 or thread == 0:
+        first = view(r.first, s.n_expert + 1, np.int64(0))
+        pairs = n * s.top_k
+        sort_pairs(
+            ids.reshape((n, s.top_k)), first, view(r.tokens, pairs, np.int64(0)), view(r.slots, pairs, np.int64(0))
+        )
+        if thread == 0:
+            used = view(s.n_used, 1, np.int64(0))
+            for expert in range(s.n_expert):
+                used[0] += first[expert] < first[expert + 1]
+    if n > 1:
+        meet(barrier, n_threads)
+    return routing
+
+
+@inner
+def _shared_group(thread: int, n_threads: int, step: int, index: int, routing: int, apart: bool) -> int:
+    """The GROUP of a layer's shared expert, its shares computed (complete at the next barrier)."""
+    s = at(step, STEP)
+    layer = at(s.layers + index * _LAYER, LAYER)
+    address = s.groups + (2 * thread + 1) * _GROUP
+    group, r, n = at(address, GROUP), at(routing, ROUTING), s.n_tokens
+    group.matrices, group.n_experts = layer.shared, 1 if layer.shared else 0
+    first = view(group.first, 2, np.int64(0))
+    first[0], first[1] = 0, n
+    group.tokens, group.weights = r.all_tokens, r.shares
+    group.slots = r.all_tokens + (8 * s.shared_slot if apart else 0)
+    part = s.scratch + thread * s.scratch_bytes
+    if layer.shared:
+        for t in range(0 if n == 1 else thread, n, 1 if n == 1 else n_threads):
+            row = thread if n == 1 else t
+            store_float(r.shares + 4 * t, share_of(layer.shared_gate, s.normed, row, part))
+    return address
+
+
+@inner
+def _run_groups(
+    thread: int, n_threads: int, barrier: int, step: int, shared: int, out: int, stride: int, add: int
+) -> None:
+    """The thread's group of experts, and the shared one (address of a GROUP): two phases with a barrier between."""
+    s = at(step, STEP)
+    own, parts = thread if s.n_tokens == 1 else 0, s.scratch + thread * s.scratch_bytes
+    group = s.groups + 2 * thread * _GROUP
+    call(s.gate_and_up, (thread, n_threads, group, s.normed, own, parts, parts + PARTS_BYTES))
+    call(s.gate_and_up, (thread, n_threads, shared, s.normed, own, parts, parts + PARTS_BYTES))
+    meet(barrier, n_threads)
+    call(s.down, (thread, n_threads, group, out, stride, add, parts, parts + PARTS_BYTES))
+    call(s.down, (thread, n_threads, shared, out, stride, add, parts, parts + PARTS_BYTES))
+
+
+@inner
+def run_layers(thread: int, n_threads: int, barrier: int, step: int) -> None:
+    """All layers, every expert being at hand. step: address of STEP."""
+    s = at(step, STEP)
+    n, group = s.n_tokens, at(s.groups + 2 * thread * _GROUP, GROUP)
+    n_tiles = (s.d_model + 15) // 16
+    for index in range(s.n_layers):
+        call(s.attention_half, (thread, n_threads, barrier, step, index))
+        layer = at(s.layers + index * _LAYER, LAYER)
+        routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
+        group.n_experts = 0
+        if layer.router:
+            routing = _route(thread, n_threads, barrier, step)
+            r = at(routing, ROUTING)
+            group.matrices, group.n_experts = layer.experts, s.n_expert
+            group.first, group.tokens, group.slots, group.weights = r.first, r.tokens, r.slots, r.weights
+        shared = _shared_group(thread, n_threads, step, index, routing, False)
+        zero_columns(thread, n_threads, s.output, s.output_stride, n, n_tiles)
+        _run_groups(thread, n_threads, barrier, step, shared, s.output, s.output_stride, 1)
+        add_columns(thread, n_threads, s.x, s.x_stride, s.output, s.output_stride, n, n_tiles, s.residual_scale)
+        meet(barrier, n_threads)
+
+
+@inner
+def run_attention(thread: int, n_threads: int, barrier: int, step: int) -> None:
+    """The attention half of step.layer."""
+    s = at(step, STEP)
+    call(s.attention_half, (thread, n_threads, barrier, step, s.layer))
+    if not at(s.layers + s.layer * _LAYER, LAYER).router:
+        meet(barrier, n_threads)
+
+
+@inner
+def run_experts(thread: int, n_threads: int, barrier: int, step: int) -> None:
+    """A group of experts of step.layer, and the shared one if asked for; outputs are kept apart."""
+    s = at(step, STEP)
+    group = at(s.groups + 2 * thread * _GROUP, GROUP)
+    group.matrices, group.n_experts = s.group_matrices, s.group_size
+    group.first, group.tokens, group.slots = s.first, s.tokens, s.slots
+    shared = s.groups + (2 * thread + 1) * _GROUP
+    at(shared, GROUP).n_experts = 0
+    if s.with_shared:
+        routing = s.routings + (thread + 1 if s.n_tokens == 1 else 0) * _ROUTING
+        shared = _shared_group(thread, n_threads, step, s.layer, routing, True)
+    _run_groups(thread, n_threads, barrier, step, shared, s.outputs, s.outputs_stride, 0)
+    meet(barrier, n_threads)
+
+
+@inner
+def run_combine(thread: int, n_threads: int, barrier: int, step: int) -> None:
+    """x += residual_scale * (sum of weights * expert outputs + shared output), experts in ascending id."""
+    s = at(step, STEP)
+    layer = at(s.layers + s.layer * _LAYER, LAYER)
+    shares = at(s.routings + (thread + 1 if s.n_tokens == 1 else 0) * _ROUTING, ROUTING).shares
+    chosen = s.top_k if layer.router else 0
+    order = view(s.order, s.n_tokens * chosen, np.int64(0))
+    for t in range(thread, s.n_tokens, n_threads):
+        for i in range(0, 4 * s.d_model, 64):
+            total = splat(np.float32(0))
+            for place in range(chosen):
+                slot = t * chosen + order[t * chosen + place]
+                weight = splat(load_float(s.weights + 4 * slot))
+                total = fma(weight, load_f32(s.outputs + 4 * slot * s.outputs_stride + i), total)
+            if layer.shared:
+                output = load_f32(s.outputs + 4 * (s.shared_slot + t) * s.outputs_stride + i)
+                total = fma(splat(load_float(shares + 4 * t)), output, total)
+            to = s.x + 4 * t * s.x_stride + i
+            store_f32(to, fma(total, splat(np.float32(s.residual_scale)), load_f32(to)))
+    meet(barrier, n_threads)
+
+
+@inner
+def run_head(thread: int, n_threads: int, barrier: int, step: int) -> None:
+    """Logits of rows first_row and behind of the residual stream."""
+    s = at(step, STEP)
+    n = s.n_rows
+    _norm(thread, n_threads, barrier, step, s.head_norm, s.first_row, n)
+    _project(thread, n_threads, step, s.head, s.normed, thread if n == 1 else 0, n, s.logits, s.logits_stride)
+    n_tiles = _tiles(s.head)
+    scale = splat(np.float32(s.logit_scale))
+    for row in range(n):
+        for tile in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):
+            to = s.logits + 4 * row * s.logits_stride + 64 * tile
+            store_f32(to, load_f32(to) * scale)
     meet(barrier, n_threads)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from edgert.devices.base import CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Table
+from edgert.quant.formats import Format
 from edgert.types import Floats, ModelConfig, Routes
 
 
@@ -34,6 +35,11 @@ class NullDevice:
         self.pairs: list[list[int]] = []  # slots computed since the last attend, group by group
         self._random = np.random.default_rng(seed)
         self._n_tokens = 0
+
+    @staticmethod
+    def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+        """Nothing is compiled."""
+        return []
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Count it."""

@@ -6,33 +6,57 @@ hold every device against it; with NUMBA_DISABLE_JIT=1 it is the device that ans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgert.devices.base import CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Table, rope_angles
+from edgert.devices.kv_cache import cache_bytes
 from edgert.errors import OptionError
 from edgert.quant import reference
-from edgert.quant.formats import MatrixSource
+from edgert.quant.formats import Format, MatrixSource
 from edgert.quant.reference import fma, sum_lanes
-from edgert.types import Floats, ModelConfig, Routes
+from edgert.types import Floats, Ids, ModelConfig, Routes
 
 BLOCK = 64  # positions whose scores share one maximum; attention.BLOCK is the same number
 
 
 class ReferenceCache:
-    """keys (n_kv_heads, n_context, d_head), values (n_kv_heads, n_context, d_value) per layer, float16 or float32."""
+    """keys (n_layers, n_kv_heads, n_context, d_head), values (..., d_value): float16, or float32 for f32 and int8.
+
+    int8 is kept as the floats that it stands for.
+    """
 
     def __init__(self, config: ModelConfig, n_context: int, kv_type: str) -> None:
-        if kv_type not in ("f16", "f32"):
-            raise OptionError(f"kv_type={kv_type!r} is not known; use f16 or f32")
-        self.n_context = n_context
+        self.n_context, self.kv_type, self.n_bytes = n_context, kv_type, cache_bytes(config, n_context, kv_type)
         shape, dtype = (config.n_layers, config.n_kv_heads, n_context), np.float16 if kv_type == "f16" else np.float32
         self.keys, self.values = np.zeros((*shape, config.d_head), dtype), np.zeros((*shape, config.d_value), dtype)
-        self.n_bytes = self.keys.nbytes + self.values.nbytes
+
+    def write(self, layer: int, start: int, keys: Floats, values: Floats) -> None:
+        """Take keys (n_tokens, n_kv_heads, d_head) and values (n_tokens, n_kv_heads, d_value)."""
+        for rows, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            new = quantise_cached(new) if self.kv_type == "int8" else new
+            with np.errstate(over="ignore"):
+                rows[:, start : start + len(new)] = new.transpose(1, 0, 2)
+
+
+def quantise_cached(rows: Floats) -> Floats:
+    """What an int8 cache makes of keys or values: integers from -127 to 127 times a scale for 32 dimensions.
+
+    The scale is the largest magnitude over 127, as a half float. One that is not finite makes its numbers none.
+    """
+    d = rows.shape[-1]
+    padded = np.zeros((*rows.shape[:-1], -(-d // 32) * 32), np.float32)
+    padded[..., :d] = rows
+    groups = padded.reshape(*rows.shape[:-1], -1, 32)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scales = (np.abs(groups).max(axis=-1) / np.float32(127)).astype(np.float16).astype(np.float32)[..., None]
+        sound = (scales > 0) & (scales < np.inf)
+        scaled = groups * np.where(sound, np.float32(1) / scales, np.float32(0))
+        integers = np.where(sound, np.rint(np.clip(scaled, -127, 127)), np.float32(0))
+        return (integers * scales).reshape(padded.shape)[..., :d]
 
 
 class ReferenceDevice:
@@ -55,6 +79,11 @@ class ReferenceDevice:
         self._int8 = activations == "int8"
         self._angles = rope_angles(config, n_context, rope_divisors)
         self._layers: list[LayerWeights] = []
+
+    @staticmethod
+    def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+        """Nothing is compiled."""
+        return []
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Take the hot weights of the next layer."""
@@ -99,23 +128,14 @@ class ReferenceDevice:
 
     def attend(self, layer: int, cache: ReferenceCache, start: int) -> Floats | None:
         """Attention half of a layer: router scores (n_tokens, n_expert), or None if it is dense."""
-        weights, c = self._layers[layer], self.config
-        n = len(self._x)
+        weights, c, n = self._layers[layer], self.config, len(self._x)
         normed = reference.rms_norm(self._x, weights.attention_norm, c.eps)  # (n_tokens, d_model)
         query, key, value = (self._linear(part, normed) for part in (weights.query, weights.key, weights.value))
-        query = self._heads(query, c.n_heads, weights.query_norm, start)  # (n_tokens, n_heads, d_head)
-        key = self._heads(key, c.n_kv_heads, weights.key_norm, start)  # (n_tokens, n_kv_heads, d_head)
-        value = value.reshape(n, c.n_kv_heads, c.d_value)
-        cache.keys[layer, :, start : start + n] = key.transpose(1, 0, 2)
-        cache.values[layer, :, start : start + n] = value.transpose(1, 0, 2)
-        out = np.empty((n, c.n_heads, c.d_value), np.float32)
-        for t in range(n):
-            for head in range(c.n_heads):
-                kv_head, end = head // (c.n_heads // c.n_kv_heads), start + t + 1
-                keys = cache.keys[layer, kv_head, :end].astype(np.float32)  # (n_positions, d_head)
-                values = cache.values[layer, kv_head, :end].astype(np.float32)  # (n_positions, d_value)
-                out[t, head] = _attend(query[t, head], keys, values, np.float32(c.attention_scale))
-        attended = self._linear(weights.output, out.reshape(n, -1))  # (n_tokens, d_model)
+        norms = weights.query_norm, weights.key_norm
+        out = attention(
+            c, query, key, value, norms, weights.window, self._angles[start : start + n], cache, layer, start
+        )
+        attended = self._linear(weights.output, out)  # (n_tokens, d_model)
         self._x = fma(attended, np.float32(c.residual_scale), self._x)
         self._normed = reference.rms_norm(self._x, weights.feed_forward_norm, c.eps)
         return None if weights.router is None else self._matmul(weights.router, self._normed)
@@ -165,56 +185,97 @@ class ReferenceDevice:
         return product if linear.bias is None else product + linear.bias
 
     def _expert(self, expert: ExpertWeights, x: Floats) -> Floats:
-        hidden = reference.silu(self._matmul(expert.gate, x)) * self._matmul(expert.up, x)  # (n_tokens, d_ff)
+        hidden = reference.activate(
+            self._matmul(expert.gate, x), self._matmul(expert.up, x), self.config.activation
+        )  # (n_tokens, d_ff)
         return self._matmul(expert.down, hidden)  # (n_tokens, d_model)
-
-    def _heads(self, rows: Floats, n_heads: int, norm: Floats | None, start: int) -> Floats:
-        """Split into heads, norm and rotate: (n_tokens, n_heads, d_head)."""
-        c, n = self.config, len(rows)
-        if c.qk_norm == "vector" and norm is not None:
-            rows = reference.rms_norm(rows, norm, c.eps)
-        if c.qk_norm == "head" and norm is not None:
-            rows = reference.rms_norm(rows.reshape(n * n_heads, c.d_head), norm, c.eps)
-        heads = rows.reshape(n, n_heads, c.d_head)
-        angles = self._angles[start : start + n, None]  # (n, 1, n_rotated / 2, 2)
-        cos, sin = angles[..., 0], angles[..., 1]
-        half = c.rope.n_rotated // 2
-        first = slice(0, half) if c.rope.kind == "neox" else slice(0, 2 * half, 2)
-        second = slice(half, 2 * half) if c.rope.kind == "neox" else slice(1, 2 * half, 2)
-        turned = heads.copy()
-        turned[..., first] = heads[..., first] * cos - heads[..., second] * sin
-        turned[..., second] = heads[..., first] * sin + heads[..., second] * cos
-        return turned
 
 
 def _whole(linear: Linear) -> Linear:
     return Linear(linear.matrix.whole(), linear.bias)
 
 
-def _attend(query: Floats, keys: Floats, values: Floats, scale: np.float32) -> npt.NDArray[Any]:
-    """Attention of one query (d_head,) over keys (n, d_head) and values (n, d_value), block by block."""
-    largest, total, out = np.float32(0), np.float32(0), np.zeros(values.shape[1], np.float32)
-    for start in range(0, len(keys), BLOCK):
-        block_keys, block_values = keys[start : start + BLOCK], values[start : start + BLOCK]
-        scores = np.zeros(len(block_keys), np.float32)
-        for d in range(len(query)):
-            scores = fma(block_keys[:, d], query[d], scores)
-        scores = scores * scale
-        block_largest = scores.max()
-        weights = np.zeros(-(-len(scores) // 16) * 16, np.float32)
-        weights[: len(scores)] = reference.exp(scores - block_largest)
-        lanes = np.zeros(16, np.float32)
-        for part in weights.reshape(-1, 16):
-            lanes = lanes + part
-        block_total, block_out = sum_lanes(lanes), np.zeros_like(out)
-        for position in range(len(scores)):
-            block_out = fma(block_values[position], weights[position], block_out)
-        if start == 0:
-            largest, total, out = block_largest, block_total, block_out
+def attention(
+    c: ModelConfig,
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    norms: tuple[Floats | None, Floats | None],
+    window: int,
+    angles: Floats,
+    cache: ReferenceCache,
+    layer: int,
+    start: int,
+) -> Floats:
+    """Attention of a chunk, which is written to the cache: (n_tokens, n_heads d_value).
+
+    query, key, value: (n_tokens, heads * width). norms: weights of queries' and keys' norm. window: position p attends
+    to p - window + 1 ... p, or to all up to p if it is 0. angles: (n_tokens, n_rotated / 2, 2), cos and sin.
+    """
+    n = len(query)
+    query = _heads(c, query, c.n_heads, norms[0], angles)  # (n_tokens, n_heads, d_head)
+    key = _heads(c, key, c.n_kv_heads, norms[1], angles)  # (n_tokens, n_kv_heads, d_head)
+    cache.write(layer, start, key, value.reshape(n, c.n_kv_heads, c.d_value))
+    ends = np.arange(start + 1, start + n + 1)
+    firsts = np.maximum(0, ends - window) if window else np.zeros_like(ends)
+    out = np.empty((n, c.n_heads, c.d_value), np.float32)
+    for head in range(c.n_heads):
+        kv_head = head // (c.n_heads // c.n_kv_heads)
+        keys = cache.keys[layer, kv_head, : start + n].astype(np.float32)  # (n_positions, d_head)
+        values = cache.values[layer, kv_head, : start + n].astype(np.float32)  # (n_positions, d_value)
+        out[:, head] = _attend(query[:, head], keys, values, firsts, ends, np.float32(c.attention_scale))
+    return out.reshape(n, -1)
+
+
+def _heads(c: ModelConfig, rows: Floats, n_heads: int, norm: Floats | None, angles: Floats) -> Floats:
+    """Split into heads, norm and rotate: (n_tokens, n_heads, d_head)."""
+    n = len(rows)
+    if c.qk_norm == "vector" and norm is not None:
+        rows = reference.rms_norm(rows, norm, c.eps)
+    if c.qk_norm == "head" and norm is not None:
+        rows = reference.rms_norm(rows.reshape(n * n_heads, c.d_head), norm, c.eps)
+    heads = rows.reshape(n, n_heads, c.d_head)
+    cos, sin = angles[:, None, :, 0], angles[:, None, :, 1]  # (n, 1, n_rotated / 2)
+    half = c.rope.n_rotated // 2
+    first = slice(0, half) if c.rope.kind == "neox" else slice(0, 2 * half, 2)
+    second = slice(half, 2 * half) if c.rope.kind == "neox" else slice(1, 2 * half, 2)
+    turned = heads.copy()
+    turned[..., first] = heads[..., first] * cos - heads[..., second] * sin
+    turned[..., second] = heads[..., first] * sin + heads[..., second] * cos
+    return turned
+
+
+def _attend(queries: Floats, keys: Floats, values: Floats, firsts: Ids, ends: Ids, scale: np.float32) -> Floats:
+    """Attention of queries (n, d_head), each over its positions, first to end, of keys and values (n_positions, ...).
+
+    Blocks lie at multiples of 64. A weight stands in lane position % 16 of its block's sum. Positions outside take no
+    part. The running maximum starts at the lowest float, so that the first block is combined like any other.
+    """
+    largest = np.full(len(queries), np.finfo(np.float32).min)
+    total, out = np.zeros(len(queries), np.float32), np.zeros((len(queries), values.shape[1]), np.float32)
+    for block in range(0, len(keys), BLOCK):
+        positions = np.arange(block, min(len(keys), block + BLOCK))
+        inside = (firsts[:, None] <= positions) & (positions < ends[:, None])  # (n, positions)
+        rows = inside.any(axis=1)
+        if not rows.any():
             continue
-        new = max(largest, block_largest)
-        old_share, block_share = reference.exp(np.array([largest - new, block_largest - new], np.float32))
-        total = fma(total, old_share, block_total * block_share)
-        out = fma(out, old_share, block_out * block_share)
-        largest = new
-    return out / total
+        inside, scores = inside[rows], np.zeros((rows.sum(), len(positions)), np.float32)
+        for d in range(keys.shape[1]):
+            scores = fma(keys[positions, d], queries[rows, d, None], scores)
+        scores = np.where(inside, scores * scale, -np.inf)
+        block_largest = scores.max(axis=1)
+        weights = np.zeros((len(scores), BLOCK), np.float32)
+        weights[:, : len(positions)] = np.where(inside, reference.exp(scores - block_largest[:, None]), 0)
+        lanes = weights[:, :16]
+        for lane in range(16, BLOCK, 16):
+            lanes = lanes + weights[:, lane : lane + 16]
+        block_total, block_out = sum_lanes(lanes), np.zeros((len(scores), values.shape[1]), np.float32)
+        for i, position in enumerate(positions):
+            added = fma(values[position], weights[:, i, None], block_out)
+            block_out = np.where(inside[:, i, None], added, block_out)
+        new = np.maximum(largest[rows], block_largest)
+        old_share, block_share = reference.exp(largest[rows] - new), reference.exp(block_largest - new)
+        total[rows] = fma(total[rows], old_share, block_total * block_share)
+        out[rows] = fma(out[rows], old_share[:, None], block_out * block_share[:, None])
+        largest[rows] = new
+    return out / total[:, None]

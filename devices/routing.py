@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from edgert.quant.functions import exp, sigmoid
-from edgert.quant.jit import kernel
+from edgert.quant.jit import inner, kernel
 from edgert.quant.simd import first_lane, splat
 
 SMALLEST_SUM = np.float32(6.103515625e-5)  # normalisation divides by no less (the smallest normal half float)
 
 
-@kernel
+@inner
 def choose_row(
     scores: Any,
     softmax: bool,

@@ -6,7 +6,7 @@ import importlib.resources
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import numpy as np
 
 from edgert.architectures import read_config
 from edgert.chat_template import ChatTemplate
+from edgert.devices.kv_cache import cache_bytes, check_kv_type
 from edgert.engine import Engine, Session
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
 from edgert.experts.residency import AllResident
 from edgert.memory import COMPILING_BYTES, PROCESS_BYTES, TOKEN_BYTES, MemoryPlan, available, parse_size
 from edgert.quant import jit
+from edgert.quant.records import address_of
 from edgert.sampling import Sampling
 from edgert.storage.gguf_file import GgufFile
 from edgert.tokenizer import Tokenizer
@@ -28,7 +30,6 @@ from edgert.weights import Progress, Weights
 
 EMBEDDED = "smollm2-moe"
 DEFAULT_CONTEXT = 4096
-_KV_BYTES = {"f16": 2, "f32": 4}
 _CHAT = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05)
 _GGUF_SAMPLING = {
     "temp": "temperature",
@@ -53,9 +54,11 @@ class Parts:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         defaults: Sampling,
+        weights: Weights,
+        memory: MemoryPlan,
         held: ExitStack,
     ) -> None:
-        self.name, self.path, self.file = name, path, file
+        self.name, self.path, self.file, self.weights, self.memory = name, path, file, weights, memory
         self.engine, self.session, self.tokenizer = engine, session, tokenizer
         self.template, self.defaults = template, defaults
         self._close = weakref.finalize(self, _close, held, os.getpid())
@@ -101,18 +104,32 @@ def load_parts(
         config = read_config(file.metadata, str(path))
         n_context = _context(context, config)
         weights = Weights(file, config, decode_to_f32=activations == "f32")
-        plan(weights, n_context, kv_type).require(limit, path.name)
+        needed = plan(weights, n_context, kv_type, threads, activations)
+        needed.require(limit, path.name)
         made = make_device(
             config, n_context, threads=threads, activations=activations, rope_divisors=weights.rope_divisors()
         )
         held.callback(made.close)
+        _compile(made.kernels(weights.formats(), kv_type, activations), progress)
         session = Session(made.new_cache(n_context, kv_type))
         progress("building the tokenizer", 0.0)
         tokenizer, template = _words(file)
         engine = Engine(config, made, AllResident(weights.load_into(made, progress)), weights.embed)
-        _warm_up(engine, session, progress)
+        progress("ready", 1.0)
         defaults = _defaults(file.metadata, path_or_name)
-        return Parts(_name(file), path, file, engine, session, tokenizer, template, defaults, held.pop_all())
+        return Parts(
+            _name(file),
+            path,
+            file,
+            engine,
+            session,
+            tokenizer,
+            template,
+            defaults,
+            weights,
+            needed,
+            held.pop_all(),
+        )
 
 
 def _words(file: GgufFile) -> tuple[Tokenizer, ChatTemplate]:
@@ -160,21 +177,12 @@ def _device(name: str) -> Any:
     raise OptionError(f"device={name!r} is not known here; use auto, cpu (with numba's JIT enabled) or reference")
 
 
-def _is_compiled() -> bool:
-    """Whether the kernels were compiled on this machine before."""
-    from edgert.devices import layers
-
-    return jit.is_compiled(layers.run_layers)
-
-
-def _warm_up(engine: Engine, session: Session, progress: Progress) -> None:
-    """Run one token, so that compilation happens here, with a word about it, and not before the first answer."""
-    if not _is_compiled():
-        progress("compiling kernels for this machine (once, about 15 s)", 0.99)
-    engine.step([0], session)
-    engine.last_logits(1)
-    session.tokens.clear()
-    progress("ready", 1.0)
+def _compile(kernels: Sequence[tuple[Any, int]], progress: Progress) -> None:
+    """Compile what the model needs, or read it from the cache, with a word about what takes long."""
+    for done, (kernel, n_arguments) in enumerate(kernels):
+        if not jit.is_compiled(kernel):
+            progress(f"compiling kernels for this machine, once ({done + 1} of {len(kernels)})", done / len(kernels))
+        address_of(kernel, n_arguments)
 
 
 def _name(file: GgufFile) -> str:
@@ -194,25 +202,29 @@ def _defaults(metadata: Any, path_or_name: str | Path | None) -> Sampling:
     return _CHAT.changed(**found)
 
 
-def plan(weights: Weights, n_context: int, kv_type: str) -> MemoryPlan:
+def plan(
+    weights: Weights, n_context: int, kv_type: str, threads: int | None = None, activations: str = "int8"
+) -> MemoryPlan:
     """What loading and running will take."""
-    from edgert.devices.base import CHUNK
+    from edgert.devices import buffers, cpu
+    from edgert.devices.cores import choose_threads
 
-    if kv_type not in _KV_BYTES:
-        raise OptionError(f"kv_type={kv_type!r} is not known; use {' or '.join(_KV_BYTES)}")
     config, tensors = weights.config, weights.file.tensors
     in_ram = [name for name in tensors if not weights.is_on_file(name)]
-    cold = sum(weights.bytes_of(name) for name in in_ram if weights.is_cold(name))
-    per_position = config.n_layers * config.n_kv_heads * (config.d_head + config.d_value)
-    top_k = config.router.top_k if config.router else 0
-    row = 8 * config.d_model + (top_k + 1) * (4 * config.d_model) + 6 * (top_k * config.d_expert + config.d_shared)
-    row += 10 * config.n_heads * (config.d_head + config.d_value)
+    packed = sum(map(weights.bytes_of, in_ram))
+    float_hidden = activations == "f32" or any(
+        "ffn_down" in name and not weights.format_of(name).is_integer for name in in_ram
+    )
+    check_kv_type(kv_type)
+    kernels = cpu.CpuDevice.kernels(weights.formats(), kv_type, activations)
+    compiled = all(jit.is_compiled(kernel) for kernel, _ in kernels)
+    work = cpu.work_bytes(config, n_context, threads or choose_threads().n_threads, float_hidden=float_hidden)
     return MemoryPlan(
-        process=PROCESS_BYTES + TOKEN_BYTES * config.n_vocab + (0 if _is_compiled() else COMPILING_BYTES),
+        process=PROCESS_BYTES + TOKEN_BYTES * config.n_vocab + (0 if compiled else COMPILING_BYTES),
         hot=sum(weights.bytes_of(name) for name in in_ram if not weights.is_cold(name)),
-        cold=cold,
-        kv=_KV_BYTES[kv_type] * per_position * n_context,
-        work=CHUNK * row + 32 * 4 * config.n_vocab + 4 * config.rope.n_rotated * n_context,
+        cold=sum(weights.bytes_of(name) for name in in_ram if weights.is_cold(name)),
+        kv=cache_bytes(config, n_context, kv_type),
+        work=work + buffers.unused_bytes(packed),
         loading=max(weights.packing_bytes(name) for name in in_ram),
         context=n_context,
         kv_type=kv_type,

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -21,10 +21,14 @@ from edgert.chat_template import ChatTemplate
 from edgert.errors import BusyError, ContextLengthError, EdgertError, OptionError
 from edgert.generation import Completion, StopRules, Stream, TokenEvent, TokenLogprob, Usage
 from edgert.loading import Parts, load_parts
+from edgert.memory import parse_size
 from edgert.sampling import Sampler, Sampling
 from edgert.tokenizer import Tokenizer
 from edgert.types import Floats, ModelConfig
 from edgert.weights import Progress
+
+if TYPE_CHECKING:
+    from edgert.bench import Report, Test
 
 Messages = Sequence[Mapping[str, Any]]
 _CANCEL_POLL_S = 0.1  # how often an answer that waits for its turn looks whether it is still wanted
@@ -45,8 +49,8 @@ def load(
 
     memory: most bytes the process may use ("2GiB"), refused if the model needs more. context: positions, by default the
     model's own up to 4096. threads: by default the physical cores that the process may use. device: "auto", "cpu" or
-    "reference". kv_type: "f16" or "f32". activations: "int8", or "f32" to verify. progress(stage, fraction) is called
-    while loading. Raises EdgertError.
+    "reference". kv_type: "f16", "f32", or "int8", which is lossy. activations: "int8", or "f32" to verify.
+    progress(stage, fraction) is called while loading. Raises EdgertError.
     """
     return Model(
         load_parts(
@@ -57,7 +61,7 @@ def load(
             device=device,
             kv_type=kv_type,
             activations=activations,
-            progress=progress or (lambda stage, fraction: None),
+            progress=progress or _silent,
         )
     )
 
@@ -366,6 +370,25 @@ class Model:
                 position += len(rows)
             done += n
 
+    def bench(
+        self,
+        tests: Sequence[Test] | None = None,
+        *,
+        repetitions: int = 5,
+        memory: str | int | None = None,
+        progress: Progress | None = None,
+    ) -> Report:
+        """Time prompts and generation of random ids; see edgert.bench, whose DEFAULT holds the tests by default.
+
+        memory: most bytes the process may use, as for load: the measurement of the memory's speed takes up to 1 GiB.
+        progress(stage, fraction) is called between steps too; it should do nothing while the stage is unchanged.
+        """
+        from edgert import bench
+
+        limit = None if memory is None else parse_size(memory)
+        with self._turn:
+            return bench.measure(self._open(), tests or bench.DEFAULT, repetitions, limit, progress or _silent)
+
     def summary(self) -> dict[str, Any]:
         """What `edgert inspect` prints."""
         from edgert.loading import describe
@@ -384,6 +407,10 @@ class Model:
         if self._parts is None or self._closing:
             raise EdgertError("this model is closed; load it again")
         return self._parts
+
+
+def _silent(stage: str, fraction: float) -> None:
+    """Progress that nobody looks at."""
 
 
 def _handed_out(answer: Stream, request: _Request) -> Stream:

@@ -62,6 +62,7 @@ class ModelConfig:
     d_expert: int = 0  # width of a routed expert
     d_shared: int = 0  # width of the shared expert, or of the dense network where there is no router; 0: none
     shared_gate: bool = False  # a sigmoid gate on the shared expert's output
+    activation: Literal["silu", "gelu", "swiglu-oss"] = "silu"  # of the gated units
     qk_norm: Literal["none", "head", "vector"] = "none"
     attention_scale: float = 0.0
     embedding_scale: float = 1.0

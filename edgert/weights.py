@@ -127,22 +127,34 @@ class Weights:
     # ---- reading -----------------------------------------------------------------------------------------------------
     def _vector(self, name: str) -> Floats:
         info = self.file.tensors[name]
-        return ggml.to_float(self.file.read(name), info.type, (math.prod(info.shape),))
+        vector = ggml.to_float(self.file.read(name), info.type, (math.prod(info.shape),))
+        if not np.isfinite(vector).all():
+            raise packing.not_finite(f"{self._path}: the tensor {name}")
+        return vector
 
-    def _matrix(self, name: str, first_row: int = 0, n_rows: int | None = None) -> StoredMatrix:
+    def _matrix(
+        self, name: str, first_row: int = 0, n_rows: int | None = None, expert: int | None = None
+    ) -> StoredMatrix:
         """Some rows of a tensor, by default all, read when they are packed."""
         info = self.file.tensors[name]
         n_in = info.shape[-1]
         return StoredMatrix(
-            name=f"{self._path}: the tensor {name}",
+            name=f"{self._path}: the tensor {name}" + ("" if expert is None else f", expert {expert}"),
             kind=info.type,
             shape=(math.prod(info.shape) // n_in if n_rows is None else n_rows, n_in),
-            format=self._format(name),
+            format=self.format_of(name),
             read_rows=lambda first, count: self.file.read_rows(name, first_row + first, count),
+            first_row=first_row if expert is None else 0,
         )
 
-    def _format(self, name: str) -> Format:
+    def format_of(self, name: str) -> Format:
+        """The format that a tensor is packed to."""
         return ggml.format_for(self.file.tensors[name].type, decode_to_f32=self._decode_to_f32)
+
+    def formats(self) -> list[Format]:
+        """The formats of all matrices that are packed."""
+        matrices = (name for name, info in self.file.tensors.items() if len(info.shape) > 1)
+        return list(dict.fromkeys(self.format_of(name) for name in matrices if not self.is_on_file(name)))
 
     def _optional(self, name: str) -> Floats | None:
         return self._vector(name) if name in self.file.tensors else None
@@ -193,7 +205,10 @@ class Weights:
         rows = {"gate": c.d_expert, "up": c.d_expert, "down": c.d_model}
         for expert in range(c.router.n_expert):
             yield ExpertWeights(
-                *(self._matrix(f"blk.{layer}.ffn_{part}_exps.weight", expert * n, n) for part, n in rows.items())
+                *(
+                    self._matrix(f"blk.{layer}.ffn_{part}_exps.weight", expert * n, n, expert)
+                    for part, n in rows.items()
+                )
             )
 
     def load_into(self, device: Device, progress: Progress) -> list[Table | None]:
@@ -235,7 +250,7 @@ class Weights:
         if len(info.shape) == 1 or (info.type == Type.F32 and name.endswith(".bias")):
             return 4 * info.shape[0]
         n_out, n_in = info.shape[-2:]
-        return math.prod(info.shape[:-2]) * self._format(name).matrix_bytes(n_out, n_in)
+        return math.prod(info.shape[:-2]) * self.format_of(name).matrix_bytes(n_out, n_in)
 
     def packing_bytes(self, name: str) -> int:
         """Bytes that packing a tensor takes at its peak, beside the packed one."""

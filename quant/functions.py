@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from edgert.quant import reference
-from edgert.quant.jit import kernel
+from edgert.quant.jit import inner
 from edgert.quant.simd import (
     absolute,
-    add_i32,
     fma,
     load_f32,
     max_lanes,
@@ -23,7 +22,6 @@ from edgert.quant.simd import (
     saturate_exp,
     scale_by_power,
     splat,
-    splat_i32,
     store_f32,
     store_float,
     store_i8,
@@ -32,15 +30,19 @@ from edgert.quant.simd import (
     sum_lanes_i32,
     to_f32,
 )
+from edgert.quant.tile_kernels import GROUP_BYTES
 
 _LOG2_E, _LN2_HIGH, _LN2_LOW = reference.LOG2_E, -reference.LN2_HIGH, -reference.LN2_LOW
 _LOWEST, _HIGHEST = reference.EXP_LOWEST, reference.EXP_HIGHEST
 _P5, _P4, _P3, _P2, _P1, _P0 = reference.EXP_COEFFICIENTS
 _TINY = reference.SMALLEST_GROUP
+_SILU, _GELU, _ = range(len(reference.ACTIVATIONS))
+_GELU_CUBE, _GELU_SCALE = reference.GELU_CUBE, reference.GELU_SCALE
+_OSS_LIMIT, _OSS_ALPHA = reference.OSS_LIMIT, reference.OSS_ALPHA
 _ZERO, _ONE, _127 = np.float32(0), np.float32(1), np.float32(127)
 
 
-@kernel
+@inner
 def exp(x: Any) -> Any:
     """e**x of 16 lanes; see reference.exp."""
     low = splat(_LOWEST)
@@ -58,19 +60,33 @@ def exp(x: Any) -> Any:
     return saturate_exp(scale_by_power(y, exponent), x, low, splat(_HIGHEST))
 
 
-@kernel
+@inner
 def silu(x: Any) -> Any:
     """x / (1 + e**-x) of 16 lanes."""
     return x / (splat(_ONE) + exp(splat(_ZERO) - x))
 
 
-@kernel
+@inner
 def sigmoid(x: Any) -> Any:
     """1 / (1 + e**-x) of 16 lanes."""
     return splat(_ONE) / (splat(_ONE) + exp(splat(_ZERO) - x))
 
 
-@kernel
+@inner
+def activate(gate: Any, up: Any, activation: int) -> Any:
+    """A gated unit of 16 lanes, by number in ACTIVATIONS; see reference.activate."""
+    if activation == _SILU:
+        return silu(gate) * up
+    if activation == _GELU:
+        inner = gate * fma(gate * gate, splat(_GELU_CUBE), splat(_ONE))
+        return (gate * sigmoid(inner * splat(_GELU_SCALE))) * up
+    limit = splat(_OSS_LIMIT)
+    gate = splat(_ZERO) - maximum(splat(_ZERO) - gate, splat(_ZERO) - limit)  # the smaller of the two
+    up = splat(_ZERO) - maximum(splat(_ZERO) - maximum(up, splat(_ZERO) - limit), splat(_ZERO) - limit)
+    return (gate * sigmoid(gate * splat(_OSS_ALPHA))) * (up + splat(_ONE))
+
+
+@inner
 def rms_norm(x: int, weight: int, out: int, n: int, eps: float) -> None:
     """Norm one row of n floats at address `x` into `out`; see reference.rms_norm."""
     lanes = splat(_ZERO)
@@ -83,17 +99,23 @@ def rms_norm(x: int, weight: int, out: int, n: int, eps: float) -> None:
         store_f32(out + i, (load_f32(x + i) * scale) * load_f32(weight + i))
 
 
-@kernel
-def quantise_row(x: int, n: int, integers: int, scales: int, sums: int) -> None:
-    """int8 integers, float32 scales and int32 sums of each group of 32 of the n floats at `x`."""
+@inner
+def quantise_group(low: Any, high: Any, out: int) -> None:
+    """A group of 32 floats as int8: 32 integers, their float32 scale and the int32 sums of both halves, 44 bytes."""
+    largest = max_lanes(maximum(absolute(low), absolute(high)))
+    inverse = _ZERO
+    if largest > _TINY:
+        inverse = _127 / largest
+    first, second = round_i32(low * splat(inverse)), round_i32(high * splat(inverse))
+    store_i8(out, first)
+    store_i8(out + 16, second)
+    store_float(out + 32, largest / _127)
+    store_int(out + 36, sum_lanes_i32(first))
+    store_int(out + 40, sum_lanes_i32(second))
+
+
+@inner
+def quantise_row(x: int, n: int, groups: int) -> None:
+    """Quantise the n floats at `x` in groups of 32."""
     for group in range((n + 31) // 32):
-        low, high = load_f32(x + 128 * group), load_f32(x + 128 * group + 64)
-        largest = max_lanes(maximum(absolute(low), absolute(high)))
-        inverse = _ZERO
-        if largest > _TINY:
-            inverse = _127 / largest
-        a, b = round_i32(low * splat(inverse)), round_i32(high * splat(inverse))
-        store_i8(integers + 32 * group, a)
-        store_i8(integers + 32 * group + 16, b)
-        store_float(scales + 4 * group, largest / _127)
-        store_int(sums + 4 * group, sum_lanes_i32(add_i32(add_i32(a, b), splat_i32(np.int32(0)))))
+        quantise_group(load_f32(x + 128 * group), load_f32(x + 128 * group + 64), groups + GROUP_BYTES * group)

@@ -18,6 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ import llvmlite
 import numba
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.compiler import Compiler
+from numba.core.registry import CPUDispatcher
 
 from edgert.quant import isa
 
 JIT_ENABLED = not config.DISABLE_JIT
 _STAMP = re.compile("[0-9a-f]{24}")
 _KEPT_DAYS = 30  # since the kernels of a state of the sources were last used
+WORK: Counter[str] = Counter()  # kernels that this process "compiled", and that it "found" in the cache
 _FOLDERS = ("edgert.quant", "edgert.devices", "edgert.experts")
 
 
@@ -104,12 +108,17 @@ def _folder(name: str) -> Path:
     return Path(next(iter(package.__path__)))
 
 
+def cache_folder() -> Path:
+    """The folder that keeps the kernels of the present sources; it may not be there yet."""
+    return cache_root() / source_stamp()
+
+
 class _KernelLocator(_CacheLocator):
     """Keeps machine code in the user's cache folder, in one sub-folder per source stamp."""
 
     def __init__(self, py_file: str) -> None:
         self._py_file = py_file
-        self._path = cache_root() / source_stamp()
+        self._path = cache_folder()
 
     def ensure_cache_path(self) -> None:
         _make_folder(self._path)
@@ -146,10 +155,12 @@ class _KernelCache(FunctionCache):
                 self.flush()
             return None
         if found is not None:
+            WORK["found"] += 1
             _note_use(self._cache_path)
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        WORK["compiled"] += 1
         with contextlib.suppress(OSError):
             super().save_overload(sig, data)
 
@@ -161,16 +172,33 @@ class _KernelCache(FunctionCache):
             return False
 
 
+class _Inner(CPUDispatcher):
+    """A function that only compiled code calls: without what Python would need to, which takes time to compile."""
+
+    def __call__(self, *arguments: Any) -> None:
+        raise TypeError(f"{self.py_func.__name__} is called by compiled code alone")
+
+
+def _compiled(function: Callable[..., Any], kind: Any, **options: bool) -> Any:
+    if not JIT_ENABLED:
+        return function
+    targetoptions = {"nopython": True, "nogil": True, "error_model": "numpy", "boundscheck": False, **options}
+    dispatcher = kind(py_func=function, locals={}, targetoptions=targetoptions, pipeline_class=Compiler)
+    dispatcher._cache = _KernelCache(function)
+    return dispatcher
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile `function` on its first call: nogil, no fastmath, no bounds checks, cached on disk.
 
     With NUMBA_DISABLE_JIT=1 the plain function comes back; the reference device then does the work.
     """
-    if not JIT_ENABLED:
-        return function
-    dispatcher = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
-    dispatcher._cache = _KernelCache(function)
-    return dispatcher
+    return _compiled(function, CPUDispatcher)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """The same for a function that is called by compiled code, or by its address, and never from Python."""
+    return _compiled(function, _Inner, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def is_compiled(dispatcher: Any) -> bool:

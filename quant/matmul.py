@@ -1,7 +1,7 @@
-"""Compiled matrix products over packed tiles: 16 rows of a matrix times one row of activations, for every format.
+"""Products of packed matrices with rows of activations: which kernel takes how many rows, and rows put into blocks.
 
-Columns ascend; one fused multiply-add per column, or per group of 32 with int8 activations, whose dot products are
-exact in int32. A row of a product over many tokens therefore equals the product of that row alone.
+One row goes as it is to the format's kernel for one row (GEMV). Several are put side by side, in blocks of 8 and 4, so
+that each weight is unpacked once for all of them (GEMM). Either way a row's result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -9,155 +9,202 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edgert.quant import formats
-from edgert.quant.jit import kernel
-from edgert.quant.simd import (
-    add_i32,
-    broadcast4,
-    dot4,
-    fma,
-    high_nibbles,
-    load_bf16,
-    load_f16,
-    load_f32,
-    load_float,
-    load_i8,
-    load_int,
-    low_nibbles,
-    splat,
-    splat_i32,
-    store_f32,
-    to_f32,
-    unsigned_byte,
-)
+from edgert.errors import UnsupportedError
+from edgert.quant import tile_kernels
+from edgert.quant.formats import FORMATS, Format, MatrixSource
+from edgert.quant.jit import inner
+from edgert.quant.records import address_of, at, call, record
+from edgert.quant.simd import load_float, load_int, move32, store_float, store_int
+from edgert.quant.tile_kernels import GROUP_BYTES, tile_kernel
+
+# A packed matrix. `kernel8` to `kernel1` are addresses of tile kernels; `offset` is the format's, `halves` whether its
+# groups are of 16; `bias` is the address of float32s, or 0.
+MATRIX = record("address n_out n_in tile_bytes bias floats offset has_minimum halves kernel8 kernel4 kernel1")
+# Rows of activations: floats, `stride` of them a row, and (for matrices whose `floats` is 0) the same as int8 in groups
+# of 32, each group with its scale and the sums of its halves: a row of them is a block of one row of a tile kernel.
+ROWS = record("floats stride groups group_stride")
+BLOCK_ROWS = 64  # rows that are put into blocks at a time: they should stay in the second-level cache
+_BLOCK_BYTES = 1 << 18
 
 
-def record(integers: str, floats: str = "") -> np.dtype[np.void]:
-    """A record for kernels to read: int64 fields (sizes, flags, addresses), then float32 ones."""
-    fields = [(name, np.int64) for name in integers.split()] + [(name, np.float32) for name in floats.split()]
-    return np.dtype(fields, align=True)
+def matrix_record(
+    source: MatrixSource, address: int, *, quantised: bool, bias: int = 0, several: bool = True
+) -> npt.NDArray[Any]:
+    """MATRIX (1,) of a matrix that was packed to `address`; compiles the kernels of its format.
+
+    quantised: whether rows come as int8 where the format can use them. several: whether ever more than one row comes.
+    Raises UnsupportedError where the kernels cannot take the format or the shape.
+    """
+    format, (n_out, n_in) = source.format, source.shape
+    if FORMATS.get(format.name) != format:
+        raise UnsupportedError(f"{format} is not one of the formats that there are kernels for")
+    if n_out < 1 or n_in < 1 or n_in % format.block:
+        raise UnsupportedError(
+            f"a matrix of {n_out} x {n_in} in {format.name}: columns must be a multiple of {format.block}, not {n_in}"
+        )
+    floats = not (quantised and format.is_integer)
+    kernels = [
+        address_of(tile_kernel(format.name, rows, not floats), 8) if several or rows == 1 else 0
+        for rows in tile_kernels.ROWS
+    ]
+    offset = tile_kernels.offset(format)
+    fields = (address, n_out, n_in, format.tile_bytes(n_in), bias, floats, offset, format.has_minimum)
+    return np.array([(*fields, format.group == 16, *kernels)], MATRIX)
 
 
-# A packed matrix as the kernels see it. `bias` is the address of float32s, or 0.
-MATRIX = record("address format n_out n_in tile_bytes bias")
-# Rows of activations: floats, and (where `quantised` is not 0) the same as int8 with scales and sums per group of 32.
-# Row t starts at floats + 4 t stride, integers + t stride, scales and sums + t stride / 8. stride is a multiple of 64.
-ACTIVATIONS = record("floats stride integers scales sums quantised")
-
-_INT4, _INT4_MIN, _INT8 = formats.INT4.code, formats.INT4_MIN.code, formats.INT8.code
-_F16, _BF16 = formats.F16.code, formats.BF16.code
-_ZERO = np.float32(0)
+def compiled_kernels(format: Format, quantised: bool) -> list[Any]:
+    """The kernels that a matrix of this format needs, compiled or not."""
+    return [tile_kernel(format.name, rows, quantised and format.is_integer) for rows in tile_kernels.ROWS]
 
 
-@kernel
-def _int4(tile: int, n_groups: int, x: int, scales: int, sums: int, group_bytes: int, has_minimum: bool) -> Any:
-    """One tile of 4-bit integers (offset 8, or none and a minimum) times int8 activations: 16 floats."""
-    total = splat(_ZERO)
-    for group in range(n_groups):
-        at, activations = tile + group_bytes * group, x + 32 * group
-        low, high = splat_i32(np.int32(0)), splat_i32(np.int32(0))
-        if not has_minimum:
-            low = splat_i32(np.int32(-8) * load_int(sums + 4 * group))
-        for j in range(4):
-            packed = load_i8(at + 64 * j)
-            low = dot4(low, low_nibbles(packed), broadcast4(activations + 8 * j))
-            high = dot4(high, high_nibbles(packed), broadcast4(activations + 8 * j + 4))
-        scale = load_float(scales + 4 * group)
-        total = fma(to_f32(add_i32(low, high)), load_f16(at + 256) * splat(scale), total)
-        if has_minimum:
-            total = fma(load_f16(at + 288), splat(scale * np.float32(load_int(sums + 4 * group))), total)
-    return total
+def scratch_bytes(n_in: int) -> int:
+    """Bytes that blocks of rows of at most `n_in` columns take."""
+    return max(_BLOCK_BYTES, 8 * 4 * n_in) + 64
 
 
-@kernel
-def _int8(tile: int, n_groups: int, x: int, scales: int, sums: int) -> Any:
-    """One tile of 8-bit integers (offset 128) times int8 activations: 16 floats."""
-    total = splat(_ZERO)
-    for group in range(n_groups):
-        at, activations = tile + 544 * group, x + 32 * group
-        dots = splat_i32(np.int32(-128) * load_int(sums + 4 * group))
-        for j in range(8):
-            dots = dot4(dots, load_i8(at + 64 * j), broadcast4(activations + 4 * j))
-        total = fma(to_f32(dots), load_f16(at + 512) * splat(load_float(scales + 4 * group)), total)
-    return total
-
-
-@kernel
-def _integers_floats(tile: int, code: int, n_groups: int, x: int, group_bytes: int) -> Any:
-    """One tile of an integer format times float activations: 16 floats."""
-    total, minimum = splat(_ZERO), splat(_ZERO)
-    bits = 8 if code == _INT8 else 4
-    offset = np.float32(0)
-    if code == _INT4:
-        offset = np.float32(8)
-    elif code == _INT8:
-        offset = np.float32(128)
-    for group in range(n_groups):
-        at = tile + group_bytes * group
-        scale = load_f16(at + 64 * bits)
-        if code == _INT4_MIN:
-            minimum = load_f16(at + 64 * bits + 32)
-        for j in range(8):
-            if bits == 8:
-                packed = load_i8(at + 64 * j)
-            else:
-                packed = load_i8(at + 64 * (j // 2))
-                packed = high_nibbles(packed) if j % 2 else low_nibbles(packed)
-            for byte in range(4):
-                integer = to_f32(unsigned_byte(packed, np.int32(byte))) - splat(offset)
-                weight = fma(integer, scale, minimum)
-                total = fma(weight, splat(load_float(x + 128 * group + 16 * j + 4 * byte)), total)
-    return total
-
-
-@kernel
-def _floats(tile: int, code: int, n_in: int, x: int) -> Any:
-    """One tile of a float format times float activations: 16 floats."""
-    total = splat(_ZERO)
-    if code == _F16:
-        for k in range(n_in):
-            total = fma(load_f16(tile + 32 * k), splat(load_float(x + 4 * k)), total)
-    elif code == _BF16:
-        for k in range(n_in):
-            total = fma(load_bf16(tile + 32 * k), splat(load_float(x + 4 * k)), total)
-    else:
-        for k in range(n_in):
-            total = fma(load_f32(tile + 64 * k), splat(load_float(x + 4 * k)), total)
-    return total
-
-
-@kernel
-def multiply_tile(matrix: Any, index: int, activations: Any, row: int) -> Any:
-    """16 outputs of a matrix: its tile `index` times row `row` of the activations, plus the bias."""
-    tile = matrix.address + index * matrix.tile_bytes
-    code, n_groups = matrix.format, matrix.n_in // 32
-    floats = activations.floats + 4 * row * activations.stride
-    if code > _INT8:
-        total = _floats(tile, code, matrix.n_in, floats)
-    elif activations.quantised:
-        integers = activations.integers + row * activations.stride
-        scales = activations.scales + row * activations.stride // 8
-        sums = activations.sums + row * activations.stride // 8
-        if code == _INT4:
-            total = _int4(tile, n_groups, integers, scales, sums, 288, False)
-        elif code == _INT4_MIN:
-            total = _int4(tile, n_groups, integers, scales, sums, 320, True)
-        else:
-            total = _int8(tile, n_groups, integers, scales, sums)
-    else:
-        total = _integers_floats(tile, code, n_groups, floats, matrix.tile_bytes // n_groups)
-    if matrix.bias:
-        total = total + load_f32(matrix.bias + 64 * index)
-    return total
-
-
-@kernel
-def multiply(
-    matrix: Any, activations: Any, n_rows: int, out: int, out_stride: int, thread: int, n_threads: int
+@inner
+def _put_integers(
+    source: int, place: int, rows: int, n_groups: int, offset: int, has_minimum: int, halves: int, out: int
 ) -> None:
-    """This thread's tiles of activations @ matrix.T into floats at `out`, rows `out_stride` floats apart."""
-    n_tiles = (matrix.n_out + 15) // 16
-    for index in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):
-        for row in range(n_rows):
-            store_f32(out + 4 * (row * out_stride + 16 * index), multiply_tile(matrix, index, activations, row))
+    """One quantised row as row `place` of a block of `rows`; source 0 stands for a row of zeros."""
+    for group in range(n_groups):
+        to = out + group * rows * GROUP_BYTES
+        numbers = to + rows * 32 + 4 * place
+        if source == 0:
+            for i in range(0, 32, 4):
+                store_int(to + 32 * place + i, np.int32(0))
+            for i in range(3):
+                store_int(numbers + 4 * rows * i, np.int32(0))
+            continue
+        at = source + group * GROUP_BYTES
+        move32(to + 32 * place, at)
+        scale, first, second = load_float(at + 32), load_int(at + 36), load_int(at + 40)
+        store_float(numbers, scale)
+        if not halves:
+            first += second
+        if has_minimum:
+            store_float(numbers + 4 * rows, scale * np.float32(first))
+            store_float(numbers + 8 * rows, scale * np.float32(second))
+        else:
+            store_int(numbers + 4 * rows, np.int32(-offset) * first)
+            store_int(numbers + 8 * rows, np.int32(-offset) * second)
+
+
+@inner
+def put_block(matrix: int, rows: int, row_ids: int, first: int, count: int, size: int, out: int) -> None:
+    """Put `count` rows into a block of `size` rows at `out`, the missing ones zero.
+
+    matrix: address of the MATRIX that they are for; rows: of ROWS. Rows are number first, first + 1, ..., or those
+    whose numbers (int64) lie at row_ids + 8 * first and behind.
+    """
+    m, r = at(matrix, MATRIX), at(rows, ROWS)
+    for place in range(size):
+        source = 0
+        if place < count:
+            row = first + place
+            if row_ids:
+                row = np.int64(load_int(row_ids + 8 * row))
+            if m.floats:
+                source = r.floats + 4 * row * r.stride
+            else:
+                source = r.groups + row * r.group_stride
+        if not m.floats:
+            _put_integers(source, place, size, m.n_in // 32, m.offset, m.has_minimum, m.halves, out)
+        else:
+            for column in range(m.n_in):
+                value = np.float32(0)
+                if source:
+                    value = load_float(source + 4 * column)
+                store_float(out + 4 * (column * size + place), value)
+
+
+@inner
+def row_bytes(matrix: int) -> int:
+    """Bytes of one row in a block for a matrix (address of MATRIX)."""
+    m = at(matrix, MATRIX)
+    return m.n_in * 4 if m.floats else m.n_in // 32 * GROUP_BYTES
+
+
+@inner
+def rows_at_once(matrix: int) -> int:
+    """Most rows that are put into blocks at a time: whole blocks of 8."""
+    return max(8, min(BLOCK_ROWS, _BLOCK_BYTES // row_bytes(matrix) // 8 * 8))
+
+
+@inner
+def put_rows(matrix: int, rows: int, row_ids: int, first: int, count: int, out: int) -> None:
+    """Put rows into blocks of 8 behind each other, the rest into one of 8, 4 or 1, as multiply_blocks takes them."""
+    size = row_bytes(matrix)
+    done = 0
+    while done < count:
+        rest = count - done
+        n = 8 if rest > 4 else 4 if rest > 1 else 1
+        if n == 1:
+            _put_one(matrix, rows, row_ids, first + done, out + done * size)
+        else:
+            put_block(matrix, rows, row_ids, first + done, min(rest, n), n, out + done * size)
+        done += n
+
+
+@inner
+def _put_one(matrix: int, rows: int, row_ids: int, row: int, out: int) -> None:
+    """Copy one row as it is."""
+    m, r = at(matrix, MATRIX), at(rows, ROWS)
+    if row_ids:
+        row = np.int64(load_int(row_ids + 8 * row))
+    source = r.floats + 4 * row * r.stride if m.floats else r.groups + row * r.group_stride
+    for i in range(0, row_bytes(matrix), 4):
+        store_int(out + i, load_int(source + i))
+
+
+@inner
+def multiply_blocks(matrix: int, blocks: int, count: int, tile: int, n_tiles: int, out: int, stride: int) -> None:
+    """`count` rows that put_rows left at `blocks`, times some tiles of a matrix: floats at `out`, rows `stride` apart.
+
+    `out` is the place of the first tile's outputs. Up to 7 rows behind the last are written too.
+    """
+    m = at(matrix, MATRIX)
+    tiles = m.address + tile * m.tile_bytes
+    bias = m.bias + 64 * tile if m.bias else 0
+    size, eights = row_bytes(matrix), count // 8
+    rest = count - 8 * eights
+    if rest > 4:
+        eights += 1
+    if eights:
+        call(m.kernel8, (tiles, n_tiles, m.n_in, blocks, eights, out, stride, bias))
+    if 0 < rest <= 4:
+        done = 8 * eights
+        kernel_at = m.kernel4 if rest > 1 else m.kernel1
+        call(kernel_at, (tiles, n_tiles, m.n_in, blocks + done * size, 1, out + 4 * done * stride, stride, bias))
+
+
+@inner
+def multiply_row(matrix: int, rows: int, row: int, tile: int, n_tiles: int, out: int) -> None:
+    """One row of activations times some tiles of a matrix: 16 floats a tile at `out`."""
+    m, r = at(matrix, MATRIX), at(rows, ROWS)
+    x = r.floats + 4 * row * r.stride if m.floats else r.groups + row * r.group_stride
+    bias = m.bias + 64 * tile if m.bias else 0
+    call(m.kernel1, (m.address + tile * m.tile_bytes, n_tiles, m.n_in, x, 1, out, 0, bias))
+
+
+@inner
+def multiply(
+    matrix: int, rows: int, first: int, count: int, tile: int, n_tiles: int, out: int, stride: int, scratch: int
+) -> None:
+    """Rows first, first + 1, ... times some tiles of a matrix, floats at `out`, rows `stride` apart.
+
+    `out` is the place of tile 0's outputs of the first row; up to 7 rows behind the last are written too. scratch: the
+    thread's own, of scratch_bytes.
+    """
+    if n_tiles <= 0:
+        return
+    if count == 1:
+        multiply_row(matrix, rows, first, tile, n_tiles, out + 64 * tile)
+        return
+    step = rows_at_once(matrix)
+    for done in range(0, count, step):
+        n = min(step, count - done)
+        put_rows(matrix, rows, 0, first + done, n, scratch)
+        multiply_blocks(matrix, scratch, n, tile, n_tiles, out + 64 * tile + 4 * done * stride, stride)

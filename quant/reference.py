@@ -78,6 +78,27 @@ def silu(x: Array) -> Array:
     return x / (np.float32(1.0) + exp(-x))
 
 
+ACTIVATIONS = ("silu", "gelu", "swiglu-oss")
+GELU_CUBE, GELU_SCALE = np.float32(0.044715), np.float32(1.5957691216)  # the second is 2 * sqrt(2 / pi)
+OSS_LIMIT, OSS_ALPHA = np.float32(7.0), np.float32(1.702)
+
+
+def activate(gate: Array, up: Array, activation: str) -> Array:
+    """A gated unit, float32, element by element.
+
+    silu: gate sigmoid(gate) up (Shazeer 2020, arXiv 2002.05202). gelu: the tanh form of Hendrycks and Gimpel 2016
+    (arXiv 1606.08415), by tanh(z) = 2 sigmoid(2 z) - 1. swiglu-oss: both clamped to 7, sigmoid(1.702 gate), up + 1.
+    """
+    if activation == "silu":
+        return silu(gate) * up
+    if activation == "gelu":
+        inner = gate * fma(gate * gate, GELU_CUBE, np.float32(1.0))
+        return (gate * sigmoid(inner * GELU_SCALE)) * up
+    gate = np.minimum(gate, OSS_LIMIT)
+    up = np.clip(up, -OSS_LIMIT, OSS_LIMIT)
+    return (gate * sigmoid(gate * OSS_ALPHA)) * (up + np.float32(1.0))
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """(x / sqrt(mean(x**2) + eps)) * weight over the last axis of (n, d)."""
     n, d = x.shape
@@ -103,24 +124,36 @@ def quantise_activations(x: Array) -> tuple[npt.NDArray[np.int8], Array]:
 
 
 def matmul(matrix: Matrix, x: Array, *, int8_activations: bool) -> Array:
-    """x @ matrix.T: (n, n_in) -> (n, n_out), in the order of operations of the kernels."""
-    if matrix.scales is None or not int8_activations:
+    """x @ matrix.T: (n, n_in) -> (n, n_out), in the order of operations of the kernels.
+
+    With int8 activations and an integer format, for each 32 columns (16 where groups are that short), ascending: the
+    dot product is exact; total = fma(dot, weight scale * activation scale, total); then, where the format has minima,
+    total = fma(minimum, activation scale * sum of the activations' integers, total). Otherwise one fma per column.
+    """
+    total = np.zeros((x.shape[0], matrix.shape[0]), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # weights may be of any finite size
+        if int8_activations and matrix.format.is_integer:
+            return _integer_matmul(matrix, x, total)
         weights = matrix.to_float()
-        total = np.zeros((x.shape[0], weights.shape[0]), np.float32)
         for column in range(weights.shape[1]):
             total = fma(weights[None, :, column], x[:, column, None], total)
         return total
-    integers, scales = quantise_activations(x)
-    n_groups = scales.shape[1]
-    activations = integers.reshape(-1, n_groups, GROUP).astype(np.int32)
-    quants = matrix.values.reshape(-1, n_groups, GROUP).astype(np.int32) - matrix.format.offset
-    dots = np.einsum("ngk,mgk->gnm", activations, quants).astype(np.float32)
-    sums = activations.sum(axis=2).astype(np.float32)
-    total = np.zeros((x.shape[0], matrix.shape[0]), np.float32)
-    for group in range(n_groups):
-        weight_scale = matrix.scales[:, group].astype(np.float32)[None, :]
-        total = fma(dots[group], weight_scale * scales[:, group, None], total)
-        if matrix.minima is not None:
-            minimum = matrix.minima[:, group].astype(np.float32)[None, :]
-            total = fma(minimum, (scales[:, group] * sums[:, group])[:, None], total)
+
+
+def _integer_matmul(matrix: Matrix, x: Array, total: Array) -> Array:
+    integers, x_scales = quantise_activations(x)
+    width = min(matrix.format.group, GROUP)
+    n_parts, repeats = x.shape[1] // width, matrix.format.group // width
+    activations = integers.reshape(-1, n_parts, width).astype(np.float32)
+    quants = matrix.integers().reshape(-1, n_parts, width).astype(np.float32)
+    # exact in whatever order: all sums are integers below 32 * 128 * 127 < 2**24
+    dots = np.matmul(activations.transpose(1, 0, 2), quants.transpose(1, 2, 0))  # (n_parts, n, n_out)
+    x_scales = np.repeat(x_scales, GROUP // width, axis=1)
+    scaled_sums = x_scales * activations.sum(axis=2)
+    scales, minima = matrix.float_scales(), matrix.float_minima()
+    for part in range(n_parts):
+        group = part // repeats
+        total = fma(dots[part], scales[None, :, group] * x_scales[:, part, None], total)
+        if minima is not None:
+            total = fma(minima[None, :, group], scaled_sums[:, part, None], total)
     return total

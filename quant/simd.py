@@ -13,15 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from edgert.quant import isa
+from edgert.quant.llvm import F16, F32, I8, I16, I32, V_F32, V_I8, V_I32, call, constant, parts
+from edgert.quant.simd_paths import emit_dot4, emit_dot4_signed, emit_look_up
 
 LANES = 16
-_I8, _I16, _I32, _F16, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-_V_F32, _V_I32, _V_I8 = ir.VectorType(_F32, 16), ir.VectorType(_I32, 16), ir.VectorType(_I8, 64)
 
 
 class Vector(types.Type):
@@ -38,11 +38,14 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, vector.llvm)
 
 
-f32x16, i32x16, i8x64 = Vector("f32x16", _V_F32), Vector("i32x16", _V_I32), Vector("i8x64", _V_I8)
+f32x16, i32x16, i8x64 = Vector("f32x16", V_F32), Vector("i32x16", V_I32), Vector("i8x64", V_I8)
 
 
 def _operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Make an intrinsic of a function (builder, *LLVM values) -> LLVM value, with one fixed signature."""
+    """Make an intrinsic of a function (builder, *LLVM values) -> LLVM value, with one fixed signature.
+
+    The function itself stays at hand as `operation.emit`, for those who write LLVM code by Python functions.
+    """
     names = ", ".join(f"a{i}" for i in range(len(arguments)))
 
     def decorate(emit: Callable[..., Any]) -> Any:
@@ -55,15 +58,11 @@ def _operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], A
         exec(source, namespace)  # numba reads the number of arguments from the function itself
         made = namespace[emit.__name__]
         made.__doc__, made.__module__ = emit.__doc__, __name__
-        return intrinsic(made)
+        operation = intrinsic(made)
+        operation.emit = emit
+        return operation
 
     return decorate
-
-
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: Any) -> Any:
-    """Call an LLVM intrinsic by name."""
-    function = ir.FunctionType(result, [value.type for value in values])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), values)
 
 
 def _load(builder: ir.IRBuilder, address: Any, vector: ir.Type) -> Any:
@@ -78,12 +77,8 @@ def _store(builder: ir.IRBuilder, address: Any, value: Any) -> None:
 
 def _splat(builder: ir.IRBuilder, value: Any, n: int = LANES) -> Any:
     vector = ir.VectorType(value.type, n)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, n), [0] * n))
-
-
-def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(vector, [value] * vector.count)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, n), [0] * n))
 
 
 # ---- half floats, where the CPU has no instruction for them ----------------------------------------------------------
@@ -97,68 +92,74 @@ def _like(shape: Any, kind: ir.Type, value: float | None = None) -> Any:
 def _widen(builder: ir.IRBuilder, bits: Any) -> Any:
     """Half floats, as int16, to floats; exact."""
     if isa.has_half_floats():
-        return builder.fpext(builder.bitcast(bits, _like(bits.type, _F16)), _like(bits.type, _F32))
-    wide = builder.zext(bits, _like(bits.type, _I32))
-    number = functools.partial(_like, wide.type, _I32)
+        return builder.fpext(builder.bitcast(bits, _like(bits.type, F16)), _like(bits.type, F32))
+    wide = builder.zext(bits, _like(bits.type, I32))
+    number = functools.partial(_like, wide.type, I32)
     sign = builder.shl(builder.and_(wide, number(0x8000)), number(16))
     magnitude = builder.shl(builder.and_(wide, number(0x7FFF)), number(13))
-    scaled = builder.fmul(builder.bitcast(magnitude, _like(wide.type, _F32)), _like(wide.type, _F32, 2.0**112))
+    scaled = builder.fmul(builder.bitcast(magnitude, _like(wide.type, F32)), _like(wide.type, F32, 2.0**112))
     finite = builder.icmp_unsigned("<", magnitude, number(0x7C00 << 13))
     special = builder.or_(magnitude, number(0x7F800000))  # infinite, or not a number
     result = builder.select(finite, builder.bitcast(scaled, wide.type), special)
-    return builder.bitcast(builder.or_(result, sign), _like(wide.type, _F32))
+    return builder.bitcast(builder.or_(result, sign), _like(wide.type, F32))
 
 
 def _narrow(builder: ir.IRBuilder, value: Any) -> Any:
     """Floats to half floats as int16, to nearest, ties to even."""
     if isa.has_half_floats():
-        return builder.bitcast(builder.fptrunc(value, _like(value.type, _F16)), _like(value.type, _I16))
-    bits = builder.bitcast(value, _like(value.type, _I32))
-    number = functools.partial(_like, bits.type, _I32)
+        return builder.bitcast(builder.fptrunc(value, _like(value.type, F16)), _like(value.type, I16))
+    bits = builder.bitcast(value, _like(value.type, I32))
+    number = functools.partial(_like, bits.type, I32)
     sign = builder.and_(builder.lshr(bits, number(16)), number(0x8000))
     bits = builder.and_(bits, number(0x7FFFFFFF))
     odd = builder.and_(builder.lshr(bits, number(13)), number(1))
     normal = builder.lshr(builder.add(builder.add(bits, number(0xC8000FFF)), odd), number(13))
-    half = _like(value.type, _F32, 0.5)  # its last mantissa bit is the smallest half float
+    half = _like(value.type, F32, 0.5)  # its last mantissa bit is the smallest half float
     shifted = builder.fadd(builder.bitcast(bits, half.type), half)
     small = builder.sub(builder.bitcast(shifted, bits.type), number(0x3F000000))
     nan = builder.icmp_unsigned(">", bits, number(0x7F800000))
     large = builder.select(nan, number(0x7E00), number(0x7C00))
     result = builder.select(builder.icmp_unsigned("<", bits, number(0x38800000)), small, normal)
     result = builder.select(builder.icmp_unsigned(">=", bits, number(0x47800000)), large, result)
-    return builder.trunc(builder.or_(result, sign), _like(value.type, _I16))
+    return builder.trunc(builder.or_(result, sign), _like(value.type, I16))
 
 
 # ---- memory: addresses are integers, no alignment is assumed ---------------------------------------------------------
 @_operation(f32x16, types.intp)
 def load_f32(builder: ir.IRBuilder, address: Any) -> Any:
     """16 floats."""
-    return _load(builder, address, _V_F32)
+    return _load(builder, address, V_F32)
 
 
 @_operation(f32x16, types.intp)
 def load_f16(builder: ir.IRBuilder, address: Any) -> Any:
     """16 half floats, widened."""
-    return _widen(builder, _load(builder, address, ir.VectorType(_I16, 16)))
+    return _widen(builder, _load(builder, address, ir.VectorType(I16, 16)))
 
 
 @_operation(f32x16, types.intp)
 def load_bf16(builder: ir.IRBuilder, address: Any) -> Any:
     """16 bfloat16s, widened."""
-    wide = builder.zext(_load(builder, address, ir.VectorType(_I16, 16)), _V_I32)
-    return builder.bitcast(builder.shl(wide, _constant(_V_I32, 16)), _V_F32)
+    wide = builder.zext(_load(builder, address, ir.VectorType(I16, 16)), V_I32)
+    return builder.bitcast(builder.shl(wide, constant(V_I32, 16)), V_F32)
 
 
 @_operation(i8x64, types.intp)
 def load_i8(builder: ir.IRBuilder, address: Any) -> Any:
     """64 bytes."""
-    return _load(builder, address, _V_I8)
+    return _load(builder, address, V_I8)
+
+
+@_operation(i32x16, types.intp)
+def load_i32(builder: ir.IRBuilder, address: Any) -> Any:
+    """16 integers."""
+    return _load(builder, address, V_I32)
 
 
 @_operation(i8x64, types.intp)
 def broadcast4(builder: ir.IRBuilder, address: Any) -> Any:
     """The same 4 bytes in each of the 16 lanes."""
-    return builder.bitcast(_splat(builder, _load(builder, address, _I32)), _V_I8)
+    return builder.bitcast(_splat(builder, _load(builder, address, I32)), V_I8)
 
 
 @_operation(types.void, types.intp, f32x16)
@@ -188,13 +189,19 @@ def store_float(builder: ir.IRBuilder, address: Any, value: Any) -> None:
 @_operation(types.float32, types.intp)
 def load_float(builder: ir.IRBuilder, address: Any) -> Any:
     """One float."""
-    return _load(builder, address, _F32)
+    return _load(builder, address, F32)
 
 
 @_operation(types.int32, types.intp)
 def load_int(builder: ir.IRBuilder, address: Any) -> Any:
     """One int32."""
-    return _load(builder, address, _I32)
+    return _load(builder, address, I32)
+
+
+@_operation(types.int64, types.intp)
+def load_long(builder: ir.IRBuilder, address: Any) -> Any:
+    """One int64."""
+    return _load(builder, address, ir.IntType(64))
 
 
 @_operation(types.void, types.intp, types.int32)
@@ -206,7 +213,37 @@ def store_int(builder: ir.IRBuilder, address: Any, value: Any) -> None:
 @_operation(types.void, types.intp, i32x16)
 def store_i8(builder: ir.IRBuilder, address: Any, value: Any) -> None:
     """16 integers, each cut to its low byte."""
-    _store(builder, address, builder.trunc(value, ir.VectorType(_I8, 16)))
+    _store(builder, address, builder.trunc(value, ir.VectorType(I8, 16)))
+
+
+@_operation(i32x16, types.intp)
+def load_bytes(builder: ir.IRBuilder, address: Any) -> Any:
+    """16 bytes, each widened to an unsigned integer."""
+    return builder.zext(_load(builder, address, ir.VectorType(I8, 16)), V_I32)
+
+
+@_operation(i32x16, types.intp)
+def load_signed_bytes(builder: ir.IRBuilder, address: Any) -> Any:
+    """16 bytes, each widened to a signed integer."""
+    return builder.sext(_load(builder, address, ir.VectorType(I8, 16)), V_I32)
+
+
+@_operation(types.void, types.intp)
+def prefetch(builder: ir.IRBuilder, address: Any, level: int = 1) -> None:
+    """Ask for the cache line at an address, to be read soon; any address may be named, also one that is not there.
+
+    level: the nearest cache that it shall come to.
+    """
+    read, locality, data = I32(0), I32(4 - level), I32(1)
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    # Where LLVM's pointers have no types, it renames this to llvm.prefetch.p0 by itself.
+    call(builder, "llvm.prefetch.p0i8", ir.VoidType(), pointer, read, locality, data)
+
+
+@_operation(types.void, types.intp, types.intp)
+def move32(builder: ir.IRBuilder, to: Any, source: Any) -> None:
+    """Copy 32 bytes."""
+    _store(builder, to, _load(builder, source, ir.VectorType(I8, 32)))
 
 
 # ---- lanes -----------------------------------------------------------------------------------------------------------
@@ -225,23 +262,15 @@ def splat_i32(builder: ir.IRBuilder, value: Any) -> Any:
 @_operation(types.float32, f32x16)
 def first_lane(builder: ir.IRBuilder, value: Any) -> Any:
     """Lane 0."""
-    return builder.extract_element(value, _I32(0))
+    return builder.extract_element(value, I32(0))
 
 
 def _fold(builder: ir.IRBuilder, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
     """Fold 16 lanes by the fixed tree: 16 to 8 to 4 to 2 to 1, each time the lower half with the upper half."""
-    width = value.type.count
-    while width > 1:
-        width //= 2
-        undefined = ir.Constant(value.type, ir.Undefined)
-        low, high = (
-            builder.shuffle_vector(
-                value, undefined, ir.Constant(ir.VectorType(_I32, width), list(range(at, at + width)))
-            )
-            for at in (0, width)
-        )
+    while value.type.count > 1:
+        low, high = parts(builder, value, 2)
         value = combine(low, high)
-    return builder.extract_element(value, _I32(0))
+    return builder.extract_element(value, I32(0))
 
 
 @_operation(types.float32, f32x16)
@@ -266,17 +295,56 @@ def _larger(builder: ir.IRBuilder) -> Callable[[Any, Any], Any]:
     return larger
 
 
+def _larger_or_second(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """The larger of two, or `b` if either is not a number: one instruction on x86, whose order of operands it keeps."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 @_operation(types.float32, f32x16)
 def max_lanes(builder: ir.IRBuilder, value: Any) -> Any:
     """Largest lane."""
     return _fold(builder, value, _larger(builder))
 
 
+@_operation(types.float32, f32x16)
+def largest_lane(builder: ir.IRBuilder, value: Any) -> Any:
+    """Largest lane, by one instruction a step; any lane if one is not a number."""
+    return _fold(builder, value, functools.partial(_larger_or_second, builder))
+
+
+def _pick(builder: ir.IRBuilder, a: Any, b: Any, elements: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, LANES), elements))
+
+
+@_operation(f32x16, f32x16, f32x16)
+def even_lanes(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """Lanes 0, 2, 4, ... of `a`, then those of `b`."""
+    return _pick(builder, a, b, list(range(0, 32, 2)))
+
+
+@_operation(f32x16, f32x16, f32x16)
+def odd_lanes(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """Lanes 1, 3, 5, ... of `a`, then those of `b`."""
+    return _pick(builder, a, b, list(range(1, 32, 2)))
+
+
+@_operation(f32x16, f32x16, f32x16)
+def interleave_low(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """Lane 0 of `a`, lane 0 of `b`, lane 1 of `a`, ... to lane 7."""
+    return _pick(builder, a, b, [lane // 2 + lane % 2 * 16 for lane in range(16)])
+
+
+@_operation(f32x16, f32x16, f32x16)
+def interleave_high(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """Lane 8 of `a`, lane 8 of `b`, lane 9 of `a`, ... to lane 15."""
+    return _pick(builder, a, b, [8 + lane // 2 + lane % 2 * 16 for lane in range(16)])
+
+
 @_operation(f32x16, f32x16, types.int64, f32x16)
 def keep_first(builder: ir.IRBuilder, value: Any, n: Any, other: Any) -> Any:
     """Lanes below `n` of `value`, the rest of `other`."""
-    count = _splat(builder, builder.trunc(n, _I32))
-    below = builder.icmp_signed("<", ir.Constant(_V_I32, list(range(16))), count)
+    count = _splat(builder, builder.trunc(n, I32))
+    below = builder.icmp_signed("<", ir.Constant(V_I32, list(range(16))), count)
     return builder.select(below, value, other)
 
 
@@ -284,13 +352,7 @@ def keep_first(builder: ir.IRBuilder, value: Any, n: Any, other: Any) -> Any:
 @_operation(f32x16, f32x16, f32x16, f32x16)
 def fma(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     """a * b + c with one rounding."""
-    return _call(builder, "llvm.fma.v16f32", _V_F32, a, b, c)
-
-
-@_operation(types.float32, types.float32, types.float32, types.float32)
-def fma1(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c of scalars with one rounding."""
-    return _call(builder, "llvm.fma.f32", _F32, a, b, c)
+    return call(builder, "llvm.fma.v16f32", V_F32, a, b, c)
 
 
 @_operation(f32x16, f32x16, f32x16)
@@ -299,37 +361,49 @@ def maximum(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
     return _larger(builder)(a, b)
 
 
+@_operation(f32x16, f32x16, f32x16)
+def larger_or_second(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """The larger of each lane; `b` where either is not a number."""
+    return _larger_or_second(builder, a, b)
+
+
 @_operation(f32x16, f32x16)
 def absolute(builder: ir.IRBuilder, a: Any) -> Any:
     """Absolute value."""
-    return _call(builder, "llvm.fabs.v16f32", _V_F32, a)
+    return call(builder, "llvm.fabs.v16f32", V_F32, a)
 
 
 @_operation(i32x16, f32x16)
 def round_i32(builder: ir.IRBuilder, a: Any) -> Any:
     """Nearest integer, ties to even. |a| must be below 2**22."""
-    magic = _constant(_V_F32, 12582912.0)  # 1.5 * 2**23: its last mantissa bit is worth one
-    return builder.sub(builder.bitcast(builder.fadd(a, magic), _V_I32), _constant(_V_I32, 0x4B400000))
+    magic = constant(V_F32, 12582912.0)  # 1.5 * 2**23: its last mantissa bit is worth one
+    return builder.sub(builder.bitcast(builder.fadd(a, magic), V_I32), constant(V_I32, 0x4B400000))
 
 
 @_operation(f32x16, i32x16)
 def to_f32(builder: ir.IRBuilder, a: Any) -> Any:
     """Integers to floats, rounded to even (exact below 2**24)."""
-    return builder.sitofp(a, _V_F32)
+    return builder.sitofp(a, V_F32)
 
 
 @_operation(f32x16, f32x16, i32x16)
 def scale_by_power(builder: ir.IRBuilder, a: Any, exponent: Any) -> Any:
     """a * 2**exponent for an exponent from -126 to 127."""
-    bits = builder.shl(builder.add(exponent, _constant(_V_I32, 127)), _constant(_V_I32, 23))
-    return builder.fmul(a, builder.bitcast(bits, _V_F32))
+    bits = builder.shl(builder.add(exponent, constant(V_I32, 127)), constant(V_I32, 23))
+    return builder.fmul(a, builder.bitcast(bits, V_F32))
 
 
 @_operation(f32x16, f32x16, f32x16, f32x16, f32x16)
 def saturate_exp(builder: ir.IRBuilder, value: Any, x: Any, low: Any, high: Any) -> Any:
     """`value`, but 0 in the lanes where x < low, and infinite where x > high."""
-    value = builder.select(builder.fcmp_ordered("<", x, low), _constant(_V_F32, 0.0), value)
-    return builder.select(builder.fcmp_ordered(">", x, high), _constant(_V_F32, float("inf")), value)
+    value = builder.select(builder.fcmp_ordered("<", x, low), constant(V_F32, 0.0), value)
+    return builder.select(builder.fcmp_ordered(">", x, high), constant(V_F32, float("inf")), value)
+
+
+@_operation(f32x16, f32x16, f32x16, f32x16)
+def zero_below(builder: ir.IRBuilder, value: Any, x: Any, low: Any) -> Any:
+    """`value`, but 0 in the lanes where x < low."""
+    return builder.select(builder.fcmp_ordered("<", x, low), constant(V_F32, 0.0), value)
 
 
 @_operation(i32x16, i32x16, i32x16)
@@ -339,66 +413,40 @@ def add_i32(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
 
 
 # ---- low-bit integers ------------------------------------------------------------------------------------------------
-@_operation(i8x64, i8x64)
-def low_nibbles(builder: ir.IRBuilder, packed: Any) -> Any:
-    """Bits 0 to 3 of every byte."""
-    return builder.and_(packed, _constant(_V_I8, 15))
-
-
-@_operation(i8x64, i8x64)
-def high_nibbles(builder: ir.IRBuilder, packed: Any) -> Any:
-    """Bits 4 to 7 of every byte."""
-    return builder.lshr(packed, _constant(_V_I8, 4))
-
-
 @_operation(i32x16, i8x64, types.int32)
 def unsigned_byte(builder: ir.IRBuilder, packed: Any, which: Any) -> Any:
     """Byte `which` (0 to 3) of every lane, as an unsigned integer."""
-    shift = _splat(builder, builder.mul(which, _I32(8)))
-    return builder.and_(builder.lshr(builder.bitcast(packed, _V_I32), shift), _constant(_V_I32, 255))
+    shift = _splat(builder, builder.mul(which, I32(8)))
+    return builder.and_(builder.lshr(builder.bitcast(packed, V_I32), shift), constant(V_I32, 255))
 
 
-def _dot4_avx2(builder: ir.IRBuilder, unsigned: Any, signed: Any) -> Any:
-    """Sums of four products by vpmaddwd on even and odd bytes, widened first: unlike vpmaddubsw it cannot saturate."""
-    words = ir.VectorType(_I16, 32)
-    u, s = builder.bitcast(unsigned, words), builder.bitcast(signed, words)
-    eight = _constant(words, 8)
-    pairs = (
-        (builder.and_(u, _constant(words, 255)), builder.ashr(builder.shl(s, eight), eight)),
-        (builder.lshr(u, eight), builder.ashr(s, eight)),
-    )
-    halves = []
-    for start in (0, 16):
-        lanes = ir.Constant(ir.VectorType(_I32, 16), list(range(start, start + 16)))
-        undefined = ir.Constant(words, ir.Undefined)
-        even, odd = (
-            _call(
-                builder,
-                "llvm.x86.avx2.pmadd.wd",
-                ir.VectorType(_I32, 8),
-                *(builder.shuffle_vector(value, undefined, lanes) for value in pair),
-            )
-            for pair in pairs
-        )
-        halves.append(builder.add(even, odd))
-    return builder.shuffle_vector(*halves, ir.Constant(_V_I32, list(range(16))))
+def look_up(table: tuple[int, ...]) -> Any:
+    """An operation i8x64 -> i8x64 for kernels: `emit_look_up` with this table."""
+
+    @_operation(i8x64, i8x64)
+    def look_up_in_table(builder: ir.IRBuilder, indexes: Any) -> Any:
+        """For each byte below 16, the byte of the table."""
+        return emit_look_up(builder, indexes, table)
+
+    return look_up_in_table
 
 
 @_operation(i32x16, i32x16, i8x64, i8x64)
 def dot4(builder: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
     """total + the sum over each lane's four bytes of unsigned * signed, exact in int32."""
-    if isa.choose().name == "avx512-vnni":
-        as_bytes = isa.vpdpbusd_takes_bytes()
-        values = [value if as_bytes else builder.bitcast(value, _V_I32) for value in (unsigned, signed)]
-        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", _V_I32, total, *values)
-    if isa.choose().name == "avx2":
-        return builder.add(total, _dot4_avx2(builder, unsigned, signed))
-    u, s = builder.bitcast(unsigned, _V_I32), builder.bitcast(signed, _V_I32)
-    for byte in range(4):
-        a = builder.and_(builder.lshr(u, _constant(_V_I32, 8 * byte)), _constant(_V_I32, 255))
-        b = builder.ashr(builder.shl(s, _constant(_V_I32, 24 - 8 * byte)), _constant(_V_I32, 24))
-        total = builder.add(total, builder.mul(a, b))
-    return total
+    return emit_dot4(builder, total, unsigned, signed)
+
+
+@_operation(i32x16, i32x16, i8x64, i8x64)
+def dot4_below_128(builder: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
+    """dot4 for unsigned bytes that are all below 128, in fewer instructions on most paths; else it is wrong."""
+    return emit_dot4(builder, total, unsigned, signed, below_128=True)
+
+
+@_operation(i32x16, i32x16, i8x64, i8x64)
+def dot4_signed(builder: ir.IRBuilder, total: Any, weights: Any, signed: Any) -> Any:
+    """dot4 for signed weights; the bytes of `signed` must be above -128."""
+    return emit_dot4_signed(builder, total, weights, signed)
 
 
 def _define_operator(symbol: Any, emit: Callable[..., Any]) -> None:

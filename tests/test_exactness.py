@@ -87,7 +87,7 @@ for name in sys.argv[2:]:
 
 # Every path that this machine has; and a CPU, by LLVM's name, with neither AVX, fused multiply-add nor half floats
 CPUS = {path.name: {"EDGERT_ISA": path.name} for path in isa.PATHS if set(path.needs) <= isa.cpu_features()} | {
-    "nehalem": {"NUMBA_CPU_NAME": "nehalem"}
+    "nehalem": {"NUMBA_CPU_NAME": "nehalem", "NUMBA_CPU_FEATURES": "+sse4.2"}
 }
 
 

@@ -92,11 +92,11 @@ def test_every_pair_is_computed_once_per_layer() -> None:
     engine, session, device = giant()
     seen: list[int] = []
     engine.trace = lambda layer, routes: seen.append(len(np.unique(routes.ids)))
-    assert list(engine.prefill(list(range(300)), session)) == [256, 44]  # NullDevice.combine checks the pairs
+    assert list(engine.prefill(list(range(600)), session)) == [512, 88]  # NullDevice.combine checks the pairs
     assert device.calls["attend"] == device.calls["combine"] == 120
     assert engine.residency.hits == sum(seen) and engine.residency.misses == 0
     assert device.expert_bytes == sum(seen) * (3 * 7168 * 2048 * 9 // 16)
-    assert session.tokens == list(range(300)) and not session.check() and not engine.residency.check()
+    assert session.tokens == list(range(600)) and not session.check() and not engine.residency.check()
 
 
 def test_a_full_context_is_refused_with_the_numbers() -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import gguf
+import compiled
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.devices.cpu import _pack, _Rows, aligned
-from edgert.quant import functions, ggml, reference
-from edgert.quant.formats import FORMATS, Matrix
+from edgert.devices.buffers import Rows, aligned
+from edgert.errors import UnsupportedError
+from edgert.quant import functions, ggml, matmul, reference
+from edgert.quant.formats import FORMATS, Format, Matrix
 from edgert.quant.jit import kernel
-from edgert.quant.matmul import multiply
 from edgert.quant.simd import load_f32, store_f32
-
-EXACT = [Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.F16, Type.BF16, Type.F32]
+from edgert.quant.tile_kernels import GROUP_BYTES
 
 
 @kernel
@@ -61,7 +59,7 @@ def test_rms_norm_equals_the_reference(n: int) -> None:
     random = np.random.default_rng(n)
     x, weight, out = (aligned(4 * 1024).view(np.float32) for _ in range(3))
     x[:n], weight[:n] = random.standard_normal(n), random.standard_normal(n)
-    functions.rms_norm(x.ctypes.data, weight.ctypes.data, out.ctypes.data, n, 1e-5)
+    compiled.rms_norm(x.ctypes.data, weight.ctypes.data, out.ctypes.data, n, 1e-5)
     assert (out[:n] == reference.rms_norm(x[None, :n], weight[:n], 1e-5)[0]).all()
     assert not out[n:].any()
 
@@ -74,49 +72,108 @@ def test_quantised_activations_equal_the_reference() -> None:
     for row in range(len(x)):
         values = aligned(512).view(np.float32)
         values[:96] = x[row]
-        ours, our_scales, sums = aligned(96).view(np.int8), aligned(12).view(np.float32), aligned(12).view(np.int32)
-        functions.quantise_row(values.ctypes.data, 96, ours.ctypes.data, our_scales.ctypes.data, sums.ctypes.data)
-        assert (ours == integers[row]).all() and (our_scales == scales[row]).all()
-        assert (sums == integers[row].astype(int).reshape(3, 32).sum(axis=1)).all()
+        groups = aligned(3 * GROUP_BYTES).reshape(3, GROUP_BYTES)
+        compiled.quantise_row(values.ctypes.data, 96, groups.ctypes.data)
+        ours, numbers = groups[:, :32].reshape(-1).view(np.int8), groups[:, 32:].copy()
+        assert (ours == integers[row]).all() and (numbers[:, :4].copy().view(np.float32)[:, 0] == scales[row]).all()
+        sums = integers[row].astype(np.int32).reshape(3, 2, 16).sum(axis=2)
+        assert (numbers[:, 4:].copy().view(np.int32) == sums).all()
     assert np.abs(integers.astype(int)).max() == 127
 
 
-def random_matrix(kind: Type, n_out: int, n_in: int, seed: int) -> tuple[Matrix, Any]:
-    """A matrix in a ggml type, and the weights as `gguf` decodes them."""
-    weights = np.random.default_rng(seed).standard_normal((n_out, n_in)).astype(np.float32)
-    raw = np.ascontiguousarray(gguf.quants.quantize(weights, kind)).view(np.uint8)
-    return ggml.matrix(raw.reshape(-1), kind, (n_out, n_in), ggml.format_for(kind)), gguf.quants.dequantize(raw, kind)
+def random_matrix(format: Format, n_out: int, n_in: int, seed: int) -> Matrix:
+    """Any integers and scales of a format, weights of about 1."""
+    random = np.random.default_rng(seed)
+    if not format.is_integer:
+        weights = random.standard_normal((n_out, n_in)).astype(np.float32)
+        if format.name == "bf16":
+            return Matrix(format, (weights.view(np.uint32) >> 16).astype(np.uint16))
+        return Matrix(format, weights.astype(np.float16 if format.name == "f16" else np.float32))
+    values = random.integers(0, 1 << format.bits, (n_out, n_in), np.uint8)
+    shape, size = (n_out, n_in // format.group), 1 / (1 << format.bits)
+
+    def halves(shape: tuple[int, int], size: float) -> Any:
+        return (random.standard_normal(shape) * size).astype(np.float16)
+
+    if format.is_e8m0:
+        return Matrix(format, values, random.integers(118, 126, shape, np.uint8))
+    if not format.scale_bits:
+        return Matrix(format, values, halves(shape, size), halves(shape, 1.0) if format.has_minimum else None)
+    above = n_out, n_in // 256
+
+    def integers() -> Any:
+        return random.integers(0, 1 << format.scale_bits, shape, np.uint8)
+
+    size /= 1 << format.scale_bits
+    if not format.has_minimum:
+        return Matrix(format, values, integers(), None, halves(above, size))
+    return Matrix(format, values, integers(), integers(), halves(above, size), halves(above, 0.02))
 
 
-@pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
-@settings(max_examples=12, deadline=None)
-@given(n_out=st.integers(1, 70), groups=st.integers(1, 6), n_rows=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_products_equal_the_reference(kind: Type, n_out: int, groups: int, n_rows: int, seed: int) -> None:
-    n_in = 32 * groups if ggml.format_for(kind).is_integer else 32 * groups - seed % 5
-    matrix, weights = random_matrix(kind, n_out, n_in, seed)
-    assert (matrix.to_float() == weights).all()
+def rows_of(x: Any, *, quantised: bool) -> Rows:
+    """Rows of activations for the kernels."""
+    rows = Rows(len(x), x.shape[1], quantised=quantised)
+    rows.floats[: len(x), : x.shape[1]] = x
+    if quantised:
+        record = rows.record[0]
+        for row in range(len(x)):
+            groups = record["groups"] + row * record["group_stride"]
+            compiled.quantise_row(rows.floats[row].ctypes.data, x.shape[1], groups)
+    return rows
+
+
+def product(matrix: Matrix, x: Any, *, quantised: bool, bias: Any = None) -> Any:
+    """x @ matrix.T + bias by the kernels, three threads' columns one after the other."""
+    buffer = aligned(matrix.format.matrix_bytes(*matrix.shape))
+    matrix.pack(buffer)
+    address = 0 if bias is None else bias.ctypes.data
+    described = matmul.matrix_record(matrix, buffer.ctypes.data, quantised=quantised, bias=address)
+    rows, out = rows_of(x, quantised=quantised), Rows(len(x), matrix.shape[0])
+    scratch, n_tiles = aligned(matmul.scratch_bytes(matrix.shape[1])), -(-matrix.shape[0] // 16)
+    for thread in range(3):
+        tile, last = n_tiles * thread // 3, n_tiles * (thread + 1) // 3
+        compiled.multiply(
+            described.ctypes.data, rows.record.ctypes.data, 0, len(x), tile, last - tile,
+            out.address, out.stride, scratch.ctypes.data,
+        )  # fmt: skip
+    return out.floats[: len(x), : matrix.shape[0]]
+
+
+FROM_GGML = sorted({ggml.format_for(kind).name for kind in ggml.Type if ggml.is_exact(kind)})
+OURS = ["int2-g16-min", "int3-g64", "int6-g128-min", "int8-g16"]
+WITH_FLOATS = {"bf16", "f16", "f32", "int3-g64", "int4", "int4-min", "int5-k", "int6-k", "int8", "mxfp4"}
+
+
+@pytest.mark.parametrize("name", FROM_GGML + OURS)
+@settings(max_examples=6, deadline=None)
+@given(n_out=st.integers(1, 70), blocks=st.integers(1, 3), n_rows=st.integers(1, 20), seed=st.integers(0, 2**31))
+def test_products_equal_the_reference(name: str, n_out: int, blocks: int, n_rows: int, seed: int) -> None:
+    format = FORMATS[name]
+    n_in = format.block * blocks if format.is_integer else 32 * blocks - seed % 5
+    matrix = random_matrix(format, n_out, n_in, seed)
     x = np.random.default_rng(seed + 1).standard_normal((n_rows, n_in)).astype(np.float32)
-    described = _pack(matrix, buffer := aligned(matrix.format.matrix_bytes(n_out, n_in)))
     bias = aligned(4 * 128).view(np.float32)
     bias[:n_out] = 1.5
-    described["bias"] = bias.ctypes.data
-    for quantised in (True, False):
-        rows, out = _Rows(n_rows, n_in, quantised=quantised), _Rows(n_rows, n_out, quantised=False)
-        rows.floats[:, :n_in] = x
-        if quantised:
-            for row in range(n_rows):
-                at = rows.record[0]["stride"] * row
-                r = rows.record[0]
-                functions.quantise_row(
-                    rows.floats[row].ctypes.data, n_in, r["integers"] + at, r["scales"] + at // 8, r["sums"] + at // 8
-                )
-        for thread in range(3):
-            multiply(described[0], rows.record[0], n_rows, out.floats.ctypes.data, out.floats.shape[1], thread, 3)
-        expected = reference.matmul(matrix, x, int8_activations=quantised) + np.float32(1.5)
-        assert (out.floats[:, :n_out] == expected).all()
-        exact = x.astype(np.float64) @ weights.T.astype(np.float64) + 1.5
-        assert np.abs(expected - exact).max() < (0.12 if quantised else 1e-4) * np.sqrt(n_in)
-    del buffer
+    for quantised in (True, False) if name in WITH_FLOATS else (True,):
+        expected = reference.matmul(matrix, x, int8_activations=quantised)
+        assert (product(matrix, x, quantised=quantised) == expected).all()
+        assert (product(matrix, x, quantised=quantised, bias=bias) == expected + np.float32(1.5)).all()
+        weights = matrix.to_float().astype(np.float64)
+        length = np.linalg.norm(weights, axis=1).max()
+        assert np.abs(expected - x @ weights.T).max() < (0.08 if quantised else 1e-5) * length
+
+
+@pytest.mark.parametrize(("name", "n_in"), [("int4", 48), ("int4-k", 128), ("int6-g128-min", 64)])
+def test_a_shape_that_kernels_cannot_take_is_refused(name: str, n_in: int) -> None:
+    matrix = Matrix(FORMATS[name], np.zeros((16, n_in), np.uint8))
+    with pytest.raises(UnsupportedError, match=f"16 x {n_in} in {name}: columns must be a multiple of"):
+        matmul.matrix_record(matrix, 0, quantised=True)
+
+
+def test_a_format_without_kernels_is_refused() -> None:
+    unknown = Format("int7", 7)
+    with pytest.raises(UnsupportedError, match="int7"):
+        matmul.matrix_record(Matrix(unknown, np.zeros((16, 32), np.uint8)), 0, quantised=True)
 
 
 def test_a_format_says_its_size() -> None:

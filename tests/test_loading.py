@@ -53,8 +53,8 @@ def write_model(path: Path, *, n_vocab: int, d_model: int, head: Type) -> None:
     writer.add_eos_token_id(0)
     block, block_bytes = gguf.GGML_QUANT_SIZES[head]
     blocks = np.random.default_rng(1).integers(0, 128, (n_vocab, d_model // block, block_bytes), np.uint8)
-    if head == Type.Q6_K:
-        blocks[..., -1] = 0x10  # the scale of 256 weights: small
+    if head == Type.IQ3_S:
+        blocks[..., 1] = 0x10  # the scale of 256 weights: small
     writer.add_tensor("token_embd.weight", blocks.reshape(n_vocab, -1), raw_dtype=head)
     writer.add_tensor("output_norm.weight", np.ones(d_model, np.float32))
     for name in ("attn_norm", "ffn_norm"):
@@ -85,10 +85,10 @@ print(json.dumps({"peak": peak, "total": plans[0].total, "process": plans[0].pro
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("head", "bytes_per_weight"), [(Type.Q6_K, 2), (Type.F32, 4)], ids=["Q6_K", "F32"])
+@pytest.mark.parametrize(("head", "bytes_per_weight"), [(Type.IQ3_S, 2), (Type.F32, 4)], ids=["IQ3_S", "F32"])
 def test_peak_memory_stays_below_the_plan(tmp_path: Path, head: Type, bytes_per_weight: int) -> None:
     path = tmp_path / "model.gguf"
-    write_model(path, n_vocab=60_000, d_model=1024 if head == Type.Q6_K else 512, head=head)
+    write_model(path, n_vocab=60_000, d_model=1024 if head == Type.IQ3_S else 512, head=head)
     command = [sys.executable, "-c", MEASURE, str(path)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
     assert found["hot"] > 117 * MIB
@@ -99,10 +99,10 @@ def test_peak_memory_stays_below_the_plan(tmp_path: Path, head: Type, bytes_per_
 def test_a_budget_below_the_plan_is_refused_with_the_number_that_suffices() -> None:
     needed = describe()["memory"]["total"]
     with pytest.raises(MemoryLimitError) as refused:
-        edgert.load(memory=needed - 1, threads=1)
+        edgert.load(memory=needed - 1)
     remedy = str(refused.value).partition("use --memory ")[2].split()[0]
     assert remedy == f"{-(-needed // MIB)}MiB"
-    with edgert.load(memory=remedy, threads=1) as model:
+    with edgert.load(memory=remedy) as model:
         assert model.n_context == 4096
 
 

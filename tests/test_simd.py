@@ -1,16 +1,19 @@
-"""Vector operations by themselves: half floats without the instruction, not-a-number, rounding, lanes."""
+"""Vector operations by themselves, on every instruction path: dot products, tables, half floats, not-a-number."""
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
-from models import engine_of, golden_path, run
 
-from edgert.devices.cpu import aligned
-from edgert.quant import functions, isa, reference, simd
+from edgert.errors import OptionError
+from edgert.quant import isa, simd
 
 
 def convert(halves: Any, floats: Any, out_floats: Any, out_halves: Any) -> None:
@@ -58,7 +61,8 @@ def test_half_floats(instruction: bool, monkeypatch: pytest.MonkeyPatch) -> None
     floats = floats[: len(floats) // 16 * 16].copy()
     out_floats, out_halves = np.empty(len(halves), np.float32), np.empty(len(floats), np.uint16)
     numba.njit(convert)(halves, floats, out_floats, out_halves)
-    expected = halves.view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # ARM notes signalling not-a-numbers
+        expected = halves.view(np.float16).astype(np.float32)
     number = ~np.isnan(expected)
     assert (out_floats[number] == expected[number]).all() and np.isnan(out_floats[~number]).all()
     assert (np.signbit(out_floats) == np.signbit(expected)).all()
@@ -70,64 +74,155 @@ def test_half_floats(instruction: bool, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_not_a_number_is_never_laundered() -> None:
+    import compiled
+
+    from edgert.devices.buffers import aligned
+    from edgert.quant import reference
+
     for place in (0, 5, 17, 31):
         x = aligned(128).view(np.float32)
         x[:] = 1.0
         x[place] = np.nan
-        integers, scales, sums = aligned(32), aligned(4).view(np.float32), aligned(4)
-        functions.quantise_row(x.ctypes.data, 32, integers.ctypes.data, scales.ctypes.data, sums.ctypes.data)
-        assert np.isnan(scales[0])
-        functions.rms_norm(x.ctypes.data, x.ctypes.data, x.ctypes.data, 32, 1e-5)
+        group = aligned(44)
+        compiled.quantise_row(x.ctypes.data, 32, group.ctypes.data)
+        assert np.isnan(group[32:36].view(np.float32)[0])
+        compiled.rms_norm(x.ctypes.data, x.ctypes.data, x.ctypes.data, 32, 1e-5)
         assert np.isnan(x).all()
     assert np.isnan(reference.exp(np.float32([np.nan]))).all()
 
 
-@pytest.mark.parametrize("name", ["attn_q", "attn_k", "attn_v", "ffn_gate_inp", "ffn_up_exps", "output"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_broken_weights_show_in_the_logits(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgert.storage.gguf_file import GgufFile
-
-    original = GgufFile.read_rows
-
-    def broken(self: Any, tensor: str, first_row: int, n_rows: int) -> Any:
-        raw = original(self, tensor, first_row, n_rows).copy()
-        if f".{name}." in f".{tensor}" and first_row == 0:
-            raw.reshape(-1).view(np.float32)[: raw.shape[1] // 4] = value
-        return raw
-
-    monkeypatch.setattr(GgufFile, "read_rows", broken)
-    read = GgufFile.read
-    monkeypatch.setattr(
-        GgufFile,
-        "read",
-        lambda self, tensor: (
-            broken(self, tensor, 0, self.tensors[tensor].n_rows).reshape(-1)
-            if tensor.endswith("weight")
-            else read(self, tensor)
-        ),
-    )
-    logits = run(*engine_of(golden_path("llama-f32")), list(range(40)))
-    assert not np.isfinite(logits).all()
+OPERATIONS = [  # with the weights and inputs that each may be given at the edges
+    (simd.dot4, [0, 1, 127, 128, 255], [-128, -127, 127]),
+    (simd.dot4_below_128, [0, 1, 126, 127], [-128, -127, 127]),
+    (simd.dot4_signed, [-128, -127, 0, 127], [-127, 1, 127]),
+]
+TABLE = (-128, 127, 255, 0, 1, -1, 6, 7, 88, -99, 100, 11, 12, 13, 14, 215)
 
 
-def dot(unsigned: Any, signed: Any, out: Any) -> None:
-    """100 + each lane's four products."""
-    total = simd.splat_i32(np.int32(100))
-    total = simd.dot4(total, simd.load_i8(unsigned.ctypes.data), simd.load_i8(signed.ctypes.data))
-    simd.store_f32(out.ctypes.data, simd.to_f32(total))
+def dot_products(dot4: Any, unsigned: Any, signed: Any) -> Any:
+    """What dot4 adds to -1,000,000 for each four of the bytes, whose number is a multiple of 64."""
+
+    @numba.njit
+    def run(unsigned: Any, signed: Any, out: Any) -> None:
+        for i in range(0, len(unsigned), 64):
+            total = simd.splat_i32(np.int32(-1_000_000))
+            total = dot4(total, simd.load_i8(unsigned[i:].ctypes.data), simd.load_i8(signed[i:].ctypes.data))
+            simd.store_f32(out[i // 4 :].ctypes.data, simd.to_f32(total))
+
+    out = np.empty(len(unsigned) // 4, np.float32)
+    run(unsigned.astype(np.uint8), signed.astype(np.int8), out)
+    return out.astype(np.int64) + 1_000_000
+
+
+def check_dot_products() -> None:
+    """Every four of pairs of extreme bytes, and random ones, by each operation."""
+    random = np.random.default_rng(0)
+    for dot4, weights, inputs in OPERATIONS:
+        pairs = np.array([(weight, value) for weight in weights for value in inputs])
+        fours = np.stack(np.meshgrid(*[np.arange(len(pairs))] * 4), axis=-1).reshape(-1, 4)
+        fours = np.resize(fours, (-(-len(fours) // 16) * 16, 4))  # fill the last vector
+        random_pairs = [random.integers(min(edge), max(edge) + 1, 1 << 14) for edge in (weights, inputs)]
+        for left, right in (pairs[fours].reshape(-1, 2).T, random_pairs):
+            assert (dot_products(dot4, left, right) == (left * right).reshape(-1, 4).sum(axis=1)).all()
+
+
+def check_look_up() -> None:
+    """A table of 16 bytes."""
+    look_up = simd.look_up(TABLE)
+
+    @numba.njit
+    def translate(indexes: Any, out: Any) -> None:
+        found = look_up(simd.load_i8(indexes.ctypes.data))
+        for byte in range(4):
+            simd.store_f32(out[byte].ctypes.data, simd.to_f32(simd.unsigned_byte(found, np.int32(byte))))
+
+    indexes, out = np.random.default_rng(0).integers(0, 16, 64, dtype=np.uint8), np.empty((4, 16), np.float32)
+    indexes[:16] = range(16)
+    translate(indexes, out)
+    assert (out.T.reshape(64) == np.array(TABLE)[indexes] % 256).all()
 
 
 @pytest.mark.parametrize("path", isa.PATHS, ids=lambda path: path.name)
-def test_dot_products_are_exact_at_the_extremes(path: isa.InstructionPath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_exact(path: isa.InstructionPath, monkeypatch: pytest.MonkeyPatch) -> None:
     if not set(path.needs) <= isa.cpu_features():
         pytest.skip(f"this CPU lacks one of {', '.join(path.needs)}")
     monkeypatch.setattr(isa, "choose", lambda: path)
-    compiled = numba.njit(dot)
-    random = np.random.default_rng(0)
-    for extreme in (True, False):
-        for _ in range(50):
-            unsigned = random.choice([0, 255], 64) if extreme else random.integers(0, 256, 64)
-            signed = random.choice([-128, 127], 64) if extreme else random.integers(-128, 128, 64)
-            out = np.empty(16, np.float32)
-            compiled(unsigned.astype(np.uint8), signed.astype(np.int8), out)
-            assert (out == 100 + (unsigned * signed).reshape(16, 4).sum(axis=1)).all()
+    check_dot_products()
+    check_look_up()
+
+
+# For each path of x86 a CPU, by LLVM's name, of which it is the best, so that nothing newer is compiled in.
+BEFORE_AVX = "+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt"
+AVX2 = f"{BEFORE_AVX},+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
+AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
+CPUS = {
+    "avx512-vnni": ("icelake-server", f"{AVX512},+avx512vnni", "vpdpbusd", "zmm"),
+    "avx-vnni": ("alderlake", f"{AVX2},+avxvnni", "vpdpbusd", "ymm"),
+    "avx512": ("skylake-avx512", AVX512, "vpmaddubsw", "zmm"),
+    "avx2": ("haswell", AVX2, "vpmaddubsw", "ymm"),
+    "portable": ("nehalem", BEFORE_AVX, "pmaddwd", "xmm"),
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 CPUs")
+@pytest.mark.parametrize("name", CPUS)
+def test_each_x86_cpu_takes_its_path(name: str) -> None:
+    cpu, features, instruction, register = CPUS[name]
+    if not set(features.replace("+", "").split(",")) <= isa.cpu_features():
+        pytest.skip(f"this CPU lacks some of {features}")
+    program = f"""if True:
+        import re, numba, test_simd
+        from edgert.quant import isa, simd
+        assert isa.choose().name == "{name}", isa.explain()
+        test_simd.check_dot_products()
+        test_simd.check_look_up()
+        test_simd.test_half_floats(isa.has_half_floats(), test_simd.pytest.MonkeyPatch())
+
+        @numba.njit("void(int64, int64, int64)")
+        def dot(unsigned, signed, out):
+            total = simd.splat_i32(numba.int32(0))
+            total = simd.dot4_below_128(total, simd.load_i8(unsigned), simd.load_i8(signed))
+            simd.store_f32(out, simd.to_f32(total))
+
+        (code,) = dot.inspect_asm().values()
+        assert re.search("{instruction}.*{register}", code), code
+        wider = {{"xmm": "[yz]mm", "ymm": "zmm", "zmm": "nothing"}}["{register}"]
+        assert not re.search(wider, code), code
+    """
+    env = {key: value for key, value in os.environ.items() if key != "EDGERT_ISA"}
+    env |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_path_in_use_and_the_reason_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "choose", isa.choose.__wrapped__)
+    monkeypatch.setattr(isa, "is_arm", lambda: False)
+    monkeypatch.setattr(isa, "cpu_features", lambda: frozenset({"avx2", "avxvnni"}))
+    monkeypatch.delenv("EDGERT_ISA", raising=False)
+    reasons = dict(isa.explain())
+    assert "neon" not in reasons and reasons["avx-vnni"].startswith("in use: the fastest")
+    assert "needs avx512f" in reasons["avx512"] and reasons["portable"].startswith("possible, but slower")
+    monkeypatch.setenv("EDGERT_ISA", "avx2")
+    reasons = dict(isa.explain())
+    assert "EDGERT_ISA names it" in reasons["avx2"] and "names another" in reasons["avx-vnni"]
+    monkeypatch.setenv("EDGERT_ISA", "avx512")
+    with pytest.raises(OptionError, match="EDGERT_ISA=avx512 needs avx512f, avx512bw"):
+        isa.explain()
+    monkeypatch.setenv("EDGERT_ISA", "sse9")
+    with pytest.raises(OptionError, match="sse9 is not known; use one of avx512-vnni,"):
+        isa.explain()
+
+
+def test_bytes_are_widened_and_prefetching_harms_nothing() -> None:
+    @numba.njit
+    def widen(bytes: Any, out: Any) -> None:
+        simd.prefetch(bytes.ctypes.data)
+        simd.prefetch(0)
+        simd.store_f32(out.ctypes.data, simd.to_f32(simd.load_bytes(bytes.ctypes.data)))
+
+    out = np.empty(16, np.float32)
+    for start in range(0, 256, 16):
+        given = np.arange(start, start + 16).astype(np.uint8)
+        widen(given, out)
+        assert (out == given).all()

@@ -1,115 +1,437 @@
-"""The thread pool: interrupts, exceptions and restarts never leave a thread behind or an answer wrong."""
+"""The thread pool: every thread runs every job once and in order, whatever the host, a fork or an exit does to it."""
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from models import engine_of, golden_path, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgert.devices import threads
-from edgert.devices.threads import ThreadPool, default_threads, meet
+from edgert.devices.cores import Cores
+from edgert.devices.threads import ThreadPool, meet
 from edgert.errors import OptionError
 from edgert.quant.jit import kernel
+from edgert.quant.records import address_of, at, record
+
+LOG = record("counts totals room rounds entries mark")
+CELL = record("value")
 
 
 @kernel
-def count(thread: Any, n_threads: Any, barrier: Any, counts: Any, totals: Any) -> None:
+def write(thread: int, n_threads: int, barrier: int, log: int) -> None:
+    """Each thread adds the job's mark to its own list of entries."""
+    count = at(log, LOG).counts + 8 * thread
+    place = at(count, CELL).value
+    at(at(log, LOG).entries + 8 * (thread * at(log, LOG).room + place), CELL).value = at(log, LOG).mark
+    at(count, CELL).value = place + 1
+
+
+@kernel
+def gather(thread: int, n_threads: int, barrier: int, log: int) -> None:
     """Each thread adds to its own count; after a barrier each sees all counts of this round."""
-    for round_ in range(100):
-        counts[thread, 0] += 1
+    counts, totals, rounds = at(log, LOG).counts, at(log, LOG).totals, at(log, LOG).rounds
+    for round_ in range(rounds):
+        at(counts + 8 * thread, CELL).value += 1
         meet(barrier, n_threads)
         total = 0
         for other in range(n_threads):
-            total += counts[other, 0]
-        totals[thread, round_] = total
+            total += at(counts + 8 * other, CELL).value
+        at(totals + 8 * (thread * rounds + round_), CELL).value = total
         meet(barrier, n_threads)
+
+
+@kernel
+def linger(thread: int, n_threads: int, barrier: int, cell: int) -> None:
+    """Say that it has begun, and stay until the test counts on: long enough for all threads to sleep."""
+    if thread == 0:
+        at(cell, CELL).value = 1
+        while threads._load(cell) == 1:
+            threads._nap(1000_000)
+    meet(barrier, n_threads)
+
+
+JOBS = {name: address_of(job, 4) for name, job in (("write", write), ("gather", gather), ("linger", linger))}
+
+
+class Log:
+    """What the jobs above write, and the record that tells them where."""
+
+    def __init__(self, n_threads: int, room: int = 64, rounds: int = 100) -> None:
+        self.counts = np.zeros(n_threads, np.int64)
+        self.totals = np.zeros((n_threads, rounds), np.int64)
+        self.entries = np.zeros((n_threads, room), np.int64)
+        places = [array.ctypes.data for array in (self.counts, self.totals, self.entries)]
+        self.record = np.array([(places[0], places[1], room, rounds, places[2], 0)], LOG)
+        self.address = self.record.ctypes.data
+
+    def written(self) -> list[list[int]]:
+        """The marks of each thread, in order."""
+        return [list(entries[:count]) for entries, count in zip(self.entries, self.counts, strict=True)]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that must come, and give up after a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
+def state(thread: threading.Thread) -> str:
+    """What Linux says that a thread does: R runs, S sleeps."""
+    return Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def all_asleep(pool: ThreadPool) -> bool:
+    return all(state(thread) == "S" for thread in pool._threads)
+
+
+def check(pool: ThreadPool) -> None:
+    """A pool that works."""
+    log = Log(pool.n_threads)
+    pool.run(JOBS["gather"], log.address)
+    assert (log.totals == pool.n_threads * np.arange(1, 101)).all()
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
 def test_barriers_keep_threads_together(n_threads: int) -> None:
     pool = ThreadPool(n_threads)
-    counts, totals = np.zeros((n_threads, 16), np.int64), np.zeros((n_threads, 100), np.int64)
     for _ in range(3):
-        counts[:] = 0
-        pool.run(count, counts, totals)
-        assert (totals == n_threads * np.arange(1, 101)).all()
+        check(pool)
     pool.close()
 
 
-def test_closing_ends_the_threads() -> None:
-    before = threading.active_count()
-    pool = ThreadPool(4)
-    assert threading.active_count() == before + 3
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    steps=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 20), st.sampled_from([0.0, 0.0, 0.003])), max_size=12),
+)
+def test_each_thread_runs_each_job_once_and_in_order(sizes: list[int], steps: list[tuple[int, int, float]]) -> None:
+    """Bursts of jobs for several pools, between them pauses that let the workers fall asleep."""
+    pools = [ThreadPool(size) for size in sizes]
+    logs = [Log(size, room=300, rounds=2) for size in sizes]
+    expected: list[list[int]] = [[] for _ in sizes]
+    for mark, (which, n_jobs, pause) in enumerate(steps):
+        which %= len(pools)
+        time.sleep(pause)
+        for number in range(n_jobs):
+            logs[which].record["mark"] = mark * 100 + number
+            pools[which].run(JOBS["write"], logs[which].address)
+            expected[which].append(mark * 100 + number)
+    for pool, log, marks in zip(pools, logs, expected, strict=True):
+        assert log.written() == [marks] * pool.n_threads
+        pool.close()
+
+
+def test_many_jobs_one_right_after_another() -> None:
+    pool, log = ThreadPool(3), Log(3, room=5000)
+    for mark in range(5000):
+        log.record["mark"] = mark
+        pool.run(JOBS["write"], log.address)
+    assert log.written() == [list(range(5000))] * 3
     pool.close()
-    assert threading.active_count() == before
 
 
-class Interrupted:
-    """A queue through which a Ctrl-C comes instead of a job."""
-
-    def __init__(self, real: Any) -> None:
-        self.real = real
-
-    def put(self, job: Any) -> None:
-        """Interrupt, but let the order to end through."""
-        if job is not None:
-            raise KeyboardInterrupt
-        self.real.put(job)
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_an_interrupt_leaves_no_wrong_answers(which: int) -> None:
-    engine, session = engine_of(golden_path("llama-q4_0"), activations="int8", threads=3)
-    tokens = list(range(3, 40))
-    expected = run(engine, session, tokens)
-    before = threading.active_count()
+def test_sleeping_threads_wake_for_a_job_and_inside_it() -> None:
+    pool = ThreadPool(3)
+    cell = np.zeros(1, np.int64)
     for _ in range(3):
-        pool = engine.device.pool  # type: ignore[attr-defined]   # the CPU device has one
-        pool._queues[which] = Interrupted(pool._queues[which])
-        session.tokens.clear()
-        with pytest.raises(KeyboardInterrupt):
-            run(engine, session, tokens)
-        session.tokens.clear()
-        assert (run(engine, session, tokens) == expected).all()
-    assert threading.active_count() == before
-    engine.device.close()
-
-
-def test_a_kernel_that_does_not_compile_raises_and_harms_nothing() -> None:
-    @kernel
-    def broken(thread: Any, n_threads: Any, barrier: Any, value: Any) -> None:
-        value.nothing_of_this_name()
-
-    pool = ThreadPool(2)
-    with pytest.raises(Exception, match="nothing_of_this_name"):
-        pool.run(broken, np.zeros(1))
-    counts, totals = np.zeros((2, 16), np.int64), np.zeros((2, 100), np.int64)
-    pool.run(count, counts, totals)
-    assert totals[1, -1] == 200
+        until(lambda: all_asleep(pool))
+        cell[0] = 0
+        caller = threading.Thread(target=pool.run, args=(JOBS["linger"], cell.ctypes.data))
+        caller.start()
+        until(lambda: cell[0] == 1 and all_asleep(pool))
+        cell[0] = 2
+        caller.join()
+        check(pool)
     pool.close()
 
 
-def test_waiting_threads_use_no_processor() -> None:
+def test_callers_take_turns() -> None:
     pool = ThreadPool(2)
-    pool.run(count, np.zeros((2, 16), np.int64), np.zeros((2, 100), np.int64))
-    start = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - start < 0.25
+    errors: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            for _ in range(50):
+                check(pool)
+        except BaseException as error:
+            errors.append(error)
+
+    callers = [threading.Thread(target=use) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not errors
     pool.close()
 
 
-def test_the_default_respects_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_threads() >= 1
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5, 6, 7})
-    monkeypatch.setattr(threads.psutil, "cpu_count", lambda logical: 4)
-    monkeypatch.setattr(threads, "_cgroup_cpus", lambda: 100)
-    assert default_threads() == 4
-    monkeypatch.setattr(threads, "_cgroup_cpus", lambda: 2)
-    assert default_threads() == 2
-    for wrong in (0, -1, 5000):
-        with pytest.raises(OptionError, match=f"threads={wrong}"):
-            ThreadPool(wrong)
+def test_two_threads_with_a_pool_each_beside_busy_python() -> None:
+    stop = threading.Event()
+    busy = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)])
+    busy.start()
+    logs = [Log(2, room=200), Log(2, room=200)]
+
+    def use(log: Log) -> None:
+        pool = ThreadPool(2)
+        for mark in range(200):
+            log.record["mark"] = mark
+            pool.run(JOBS["write"], log.address)
+        pool.close()
+
+    users = [threading.Thread(target=use, args=(log,)) for log in logs]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    stop.set()
+    busy.join()
+    assert [log.written() for log in logs] == [[list(range(200))] * 2] * 2
+
+
+def test_closing_ends_the_threads_asleep_or_awake() -> None:
+    before = threading.active_count()
+    for rest in (False, True):
+        pool = ThreadPool(4)
+        assert threading.active_count() == before + 3
+        check(pool)
+        if rest:
+            until(lambda pool=pool: all_asleep(pool))  # type: ignore[misc]
+        pool.close()
+        assert threading.active_count() == before
+        pool.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            check(pool)
+
+
+def test_closing_waits_for_the_job() -> None:
+    pool, cell = ThreadPool(2), np.zeros(1, np.int64)
+    caller = threading.Thread(target=pool.run, args=(JOBS["linger"], cell.ctypes.data))
+    caller.start()
+    until(lambda: cell[0] == 1)
+    closer = threading.Thread(target=pool.close)
+    closer.start()
+    time.sleep(0.01)
+    assert closer.is_alive() and caller.is_alive() and len(pool._threads) == 1
+    cell[0] = 2
+    closer.join()
+    caller.join()
+    assert not pool._threads
+
+
+def test_a_pool_that_nobody_holds_ends_its_threads() -> None:
+    pool = ThreadPool(3)
+    workers = list(pool._threads)
+    del pool
+    gc.collect()
+    until(lambda: not any(worker.is_alive() for worker in workers))
+
+
+@pytest.mark.parametrize("n_threads", [0, -1, 1025])
+def test_a_number_of_threads_that_makes_no_sense_is_refused(n_threads: int) -> None:
+    with pytest.raises(OptionError, match=f"threads={n_threads} must lie between 1 and 1024"):
+        ThreadPool(n_threads)
+
+
+def test_threads_that_the_system_refuses_leave_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "edgert-3":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(OptionError, match="threads=5: the system refused number 4"):
+        ThreadPool(5)
+    until(lambda: threading.active_count() == before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin threads")
+def test_workers_are_pinned_where_some_cores_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = os.sched_getaffinity(0)
+    first = min(mine)
+    if len(mine) == 1:
+        pytest.skip("one processor leaves nothing to choose")
+    monkeypatch.setattr(threads, "choose_threads", lambda: Cores(1, "one is big", (first,), True))
+    pool = ThreadPool(2)  # two threads do not fit on it
+    check(pool)
+    assert os.sched_getaffinity(pool._threads[0].native_id or 0) == mine
+    pool.close()
+    monkeypatch.setattr(threads, "choose_threads", lambda: Cores(2, "two are big", (first, first), True))
+    pool = ThreadPool(None)
+    check(pool)
+    assert os.sched_getaffinity(pool._threads[0].native_id or 0) == {first} and os.sched_getaffinity(0) == mine
+    pool.close()
+
+
+# ---- what must be seen from outside, in a process of its own ---------------------------------------------------------
+PRELUDE = """
+import os, signal, sys, threading, time
+import numpy as np
+import test_threads as t
+from edgert.devices.threads import ThreadPool
+"""
+
+
+def program(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; one that hangs fails."""
+    here = str(Path(__file__).resolve().parent)
+    path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True, timeout=300)
+
+
+def succeeds(text: str, **environment: str) -> str:
+    """What a program prints, which must end well and in silence."""
+    done = program(text, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "pass",  # the workers have just been started
+        "t.check(pool)",  # they spin
+        "t.until(lambda: t.all_asleep(pool))",
+        "threading.Thread(target=pool.run, args=(t.JOBS['linger'], cell.ctypes.data), daemon=True).start(); "
+        "t.until(lambda: cell[0] == 1)",
+        "keep = [ThreadPool(3) for _ in range(5)]; [t.check(one) for one in keep]; sys.exit()",
+        "pool.close()",
+    ],
+)
+def test_the_interpreter_ends_while_workers_live(last: str) -> None:
+    succeeds(f"{PRELUDE}\npool, cell = ThreadPool(3), np.zeros(1, np.int64)\n{last}\n")
+
+
+def test_an_interrupt_comes_after_the_run() -> None:
+    printed = succeeds(f"""{PRELUDE}
+pool, cell = ThreadPool(2), np.zeros(1, np.int64)
+def interrupt():
+    t.until(lambda: cell[0] == 1)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+    cell[0] = 2
+threading.Thread(target=interrupt).start()
+try:
+    pool.run(t.JOBS["linger"], cell.ctypes.data)
+except KeyboardInterrupt:
+    print("interrupted", cell[0])
+t.check(pool)
+pool.close()
+""")
+    assert printed == "interrupted 2\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_the_child_of_a_fork_starts_workers_of_its_own() -> None:
+    printed = succeeds(f"""{PRELUDE}
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)   # newer Pythons warn of a fork beside threads
+pool, closed, unused = ThreadPool(3), ThreadPool(2), ThreadPool(2)
+closed.close()
+t.check(pool)
+for depth in range(2):
+    child = os.fork()
+    if child:
+        break
+    assert threading.active_count() == 1
+    t.check(pool)
+    t.check(pool)
+    assert threading.active_count() == 3
+    try:
+        t.check(closed)
+    except RuntimeError:
+        print("closed", depth, flush=True)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+t.check(pool)
+t.check(unused)
+pool.close()
+unused.close()
+assert threading.active_count() == 1
+""")
+    assert sorted(printed.split("\n")) == ["", "closed 0", "closed 1"]
+
+
+def test_a_run_needs_no_gil() -> None:
+    """Called so that it keeps the GIL to itself: it ends only if the workers can do without."""
+    printed = succeeds(f"""{PRELUDE}
+import ctypes
+from edgert.devices import threads
+from edgert.quant.records import address_of
+pool, log = ThreadPool(3), t.Log(3)
+t.check(pool)   # now all have come to where they wait
+t.until(lambda: t.all_asleep(pool))
+integer = ctypes.c_int64
+launch = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.POINTER(integer), ctypes.c_void_p, integer, integer, integer)
+result = integer(9)
+launch(address_of(threads._launch, 3))(result, None, pool._address, t.JOBS["gather"], log.address)
+print(result.value, (log.totals == 3 * np.arange(1, 101)).all())
+pool.close()
+""")
+    assert printed == "0 True\n"
+
+
+def test_a_host_that_uses_numbas_own_threads() -> None:
+    printed = succeeds(
+        f"""{PRELUDE}
+import numba
+@numba.njit(parallel=True)
+def add_up(values):
+    total = 0.0
+    for i in numba.prange(len(values)):
+        total += values[i]
+    return total
+values, pool, right = np.ones(1000), ThreadPool(2), []
+host = threading.Thread(target=lambda: [right.append(add_up(values) == 1000) for _ in range(100)])
+host.start()
+for _ in range(100):
+    t.check(pool)
+host.join()
+print(len(right), all(right))
+pool.close()
+""",
+        NUMBA_THREADING_LAYER="workqueue",
+    )
+    assert printed == "100 True\n"
+
+
+def test_a_system_without_futex(tmp_path: Path) -> None:
+    printed = succeeds(
+        f"""
+import numba, numpy, psutil, sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
+import conftest, edgert.quant.records, edgert.devices.cores
+real, sys.platform = sys.platform, "another"
+from edgert.devices import threads
+sys.platform = real
+import time, test_threads as t
+pool = threads.ThreadPool(3)
+for _ in range(3):
+    t.check(pool)
+    time.sleep(0.01)
+pool.close()
+print(threads._FUTEX)
+""",
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert printed == "0\n"
+
+
+def test_without_the_compiler_the_module_imports_and_says_what_to_use() -> None:
+    done = program("from edgert.devices.threads import ThreadPool; ThreadPool(2)", NUMBA_DISABLE_JIT="1")
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("use the reference device")

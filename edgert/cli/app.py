@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgert.cli import chat, generate, inspect, perplexity
+from edgert.cli import bench, chat, generate, inspect, perplexity, warmup
 
 app = typer.Typer(
     name="edgert",
@@ -21,6 +21,8 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect_model)
 app.command("perplexity")(perplexity.perplexity)
+app.command("bench")(bench.bench)
+app.command("warmup")(warmup.warmup)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""`edgert inspect`: what a model file holds and what it needs, without loading its weights."""
+"""`edgert inspect`: what a model file holds and what it needs, without loading its weights; and the machine."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ import typer
 
 from edgert.cli import output
 from edgert.cli.options import Chosen, Json, ModelName, command
+from edgert.errors import OptionError
 
 Context = Annotated[
     int | None,
     typer.Option("--context", metavar="N", help="The context that memory is counted for.", show_default=False),
 ]
+Cpu = Annotated[
+    bool, typer.Option("--cpu", help="Show the machine instead: instructions, threads, caches, compiled kernels.")
+]
 
 # Which numbers are sizes in bytes: all in these sections but the counts among them, and these keys anywhere.
-_BYTE_SECTIONS = {"bytes", "tensor_types", "memory"}
+_BYTE_SECTIONS = {"bytes", "tensor_types", "memory", "caches"}
 _BYTE_KEYS = {"bytes", "bytes_each", "working_set", "n_bytes"}
 _COUNTS = {"context", "threads"}
 
 
 @command(runtime=False)
-def inspect_model(model: ModelName = None, context: Context = None, json: Json = False, *, chosen: Chosen) -> None:
-    """Show a model's architecture, sizes, experts, tokenizer, template and memory."""
-    from edgert.model import describe
+def inspect_model(
+    model: ModelName = None, context: Context = None, cpu: Cpu = False, json: Json = False, *, chosen: Chosen
+) -> None:
+    """Show a model's architecture, sizes, experts, tokenizer, template and memory; or the machine, with --cpu."""
+    if cpu:
+        if model is not None or context is not None:
+            raise OptionError("--cpu shows the machine alone: leave the model and --context away")
+        from edgert import machine
 
-    description = describe(model, context=context)
+        description = machine.describe()
+    else:
+        from edgert.model import describe
+
+        description = describe(model, context=context)
     if json:
         output.write_json(description)
     else:

@@ -53,7 +53,7 @@ _RUNTIME: dict[str, Row] = {
     "context": (int, "N", "Tokens of prompt and answers together; the model's own, at most 4096, if not set."),
     "threads": (int, "N", "Threads to compute with; the physical cores if not set."),
     "memory": (str, "SIZE", "What the process may use, such as 900MiB."),
-    "kv_type": (str, "f16|f32", "Precision of the attention cache; f16 if not set."),
+    "kv_type": (str, "f16|f32|int8", "Precision of the attention cache; f16 if not set, int8 is lossy."),
     "activations": (str, "int8|f32", "Precision of activations, f32 to verify; int8 if not set."),
     "device": (str, "NAME", "Where to compute; auto if not set."),
 }

@@ -56,9 +56,10 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_json(document: Any) -> None:
+def write_json(document: Any, *, in_one_line: bool = False) -> None:
     """One JSON document to stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    text = json.dumps(document, indent=None if in_one_line else 2, ensure_ascii=False, default=_plain)
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
@@ -130,8 +131,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def progress(first: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr, on terminals only: call it with (what is going on, fraction from 0 to 1)."""
+def progress(first: str, *, live: bool = True) -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr, on terminals only: call it with (what is going on, fraction from 0 to 1).
+
+    live: a thread keeps its clock going; without one it is drawn at the calls alone.
+    """
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield lambda stage, fraction: None
@@ -140,7 +144,7 @@ def progress(first: str) -> Iterator[Callable[[str, float], None]]:
 
     stage_column = TextColumn("{task.description}", markup=False)
     columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Progress(*columns, console=screen, transient=True, auto_refresh=live) as bar:
         task = bar.add_task(first, total=1.0)
         yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction, refresh=True)
 

@@ -1,0 +1,103 @@
+"""What a step has to move and to compute: bytes that must be read and operations, from a model's sizes alone.
+
+A lower bound, whatever the kernels do: every weight that is used is read once a chunk, every cached position once.
+Knows the file's tensors and the sizes they are packed to; nothing of devices, threads or time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edgert.types import ModelConfig
+from edgert.weights import Weights
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one step, or of several together."""
+
+    n_bytes: float = 0.0  # of weights and of the key/value cache that had to be read
+    int8_operations: float = 0.0  # of integer matrices; a multiply-add counts as two
+    float_operations: float = 0.0  # of float matrices and of attention
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.n_bytes + other.n_bytes,
+            self.int8_operations + other.int8_operations,
+            self.float_operations + other.float_operations,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a model's tensors: bytes once packed, and the weights in them, each used once a row of activations."""
+
+    n_bytes: float = 0.0
+    integers: float = 0.0
+    floats: float = 0.0
+
+    def __add__(self, other: Part) -> Part:
+        return Part(self.n_bytes + other.n_bytes, self.integers + other.integers, self.floats + other.floats)
+
+    def over(self, count: int) -> Part:
+        """One of `count` equal parts."""
+        return Part(self.n_bytes / count, self.integers / count, self.floats / count)
+
+
+@dataclass(frozen=True)
+class ModelTraffic:
+    """The parts of a model that steps use in different numbers."""
+
+    config: ModelConfig
+    layers: Part  # hot weights of all layers
+    head: Part
+    expert: Part  # one routed expert, the mean over all
+    embedding_row: float  # bytes
+    position: float  # bytes of keys and values of one position, in all layers
+
+    @classmethod
+    def of(cls, weights: Weights, position: float) -> ModelTraffic:
+        """Of a model file; `position`: bytes of the cache for one position."""
+        c = weights.config
+        head_name = "output.weight" if "output.weight" in weights.file.tensors else "token_embd.weight"
+        layers, head, experts = Part(), Part(), Part()
+        for name in weights.file.tensors:
+            if name in (head_name, "output_norm.weight"):
+                head += _part(weights, name)
+            elif weights.is_cold(name):
+                experts += _part(weights, name)
+            elif name.startswith("blk."):
+                layers += _part(weights, name)
+        n_experts = c.n_layers * c.router.n_expert if c.router else 1
+        row = weights.file.tensors["token_embd.weight"].n_bytes / c.n_vocab
+        return cls(c, layers, head, experts.over(n_experts), row, position)
+
+    def step(self, n_tokens: int, start: int, n_experts: int, *, with_head: bool) -> Traffic:
+        """Of a chunk of tokens at positions start, start + 1, ...
+
+        n_experts: distinct experts used, summed over the layers. with_head: logits of the last token are wanted.
+        """
+        c = self.config
+        used = Part()
+        for part, times, rows in (
+            (self.layers, 1, n_tokens),
+            (self.expert, n_experts, n_tokens * c.n_layers * (c.router.top_k if c.router else 0)),
+            (self.head, int(with_head), int(with_head)),
+        ):
+            used += Part(times * part.n_bytes, rows * part.integers, rows * part.floats)
+        seen = n_tokens * start + n_tokens * (n_tokens + 1) // 2  # positions that the tokens look at, together
+        attention = 2 * c.n_layers * c.n_heads * (c.d_head + c.d_value) * seen
+        cache = self.position * (start + n_tokens)
+        return Traffic(
+            used.n_bytes + n_tokens * self.embedding_row + cache, 2 * used.integers, 2 * used.floats + attention
+        )
+
+
+def _part(weights: Weights, name: str) -> Part:
+    info = weights.file.tensors[name]
+    n_bytes = weights.bytes_of(name)
+    if len(info.shape) == 1:
+        return Part(n_bytes)
+    count = math.prod(info.shape)
+    return Part(n_bytes, count, 0) if weights.format_of(name).is_integer else Part(n_bytes, 0, count)

@@ -1,0 +1,124 @@
+"""The CPU device against the reference device, bit for bit: odd sizes, few or no experts, mixed formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_kernels import random_matrix
+
+from edgert.devices.base import ExpertWeights, LayerWeights, Linear
+from edgert.devices.cpu import CpuDevice
+from edgert.devices.reference import ReferenceDevice
+from edgert.engine import Engine, Session
+from edgert.experts.residency import AllResident
+from edgert.quant.formats import FORMATS, Matrix
+from edgert.types import Floats, ModelConfig, RopeConfig, RouterConfig
+
+N_CONTEXT, N_TOKENS = 96, 34
+
+
+def config(
+    d_model: int, d_ff: int, heads: tuple[int, int], d_head: int, experts: tuple[int, int], shared: int, **other: Any
+) -> ModelConfig:
+    """Two layers; heads: of queries and of keys; experts: how many, and how many of them are used."""
+    router = RouterConfig(*experts) if experts[0] else None
+    rope = RopeConfig("neox" if d_model % 2 else "norm", d_head // 4 * 2)
+    sizes = {"d_head": d_head, "d_value": d_head, "n_vocab": 53, "n_context": 4096, "eps": 1e-5}
+    scales = {"attention_scale": 0.1, "residual_scale": 0.7, "logit_scale": 0.5}
+    return ModelConfig(
+        "x", 2, d_model, *heads, rope=rope, router=router, d_expert=d_ff, d_shared=shared, **sizes, **scales, **other
+    )
+
+
+class Weights:
+    """Random weights of a configuration: formats of gate, up, down and everything else."""
+
+    def __init__(self, c: ModelConfig, gate: str, up: str, down: str, rest: str, window: int = 0) -> None:
+        self._seed = 0
+
+        def matrix(name: str, n_out: int, n_in: int) -> Matrix:
+            self._seed += 1
+            return random_matrix(FORMATS[name], n_out, n_in, self._seed)
+
+        def vector(n: int) -> Floats:
+            self._seed += 1
+            return (1 + 0.1 * np.random.default_rng(self._seed).standard_normal(n)).astype(np.float32)
+
+        def expert(width: int) -> ExpertWeights:
+            return ExpertWeights(
+                matrix(gate, width, c.d_model), matrix(up, width, c.d_model), matrix(down, c.d_model, width)
+            )
+
+        q, kv = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
+        self.layers = [
+            LayerWeights(
+                attention_norm=vector(c.d_model),
+                query=Linear(matrix(rest, q, c.d_model), vector(q)),
+                key=Linear(matrix(rest, kv, c.d_model)),
+                value=Linear(matrix(rest, kv, c.d_model)),
+                output=Linear(matrix("f16", c.d_model, q)),
+                feed_forward_norm=vector(c.d_model),
+                router=matrix("f32", c.router.n_expert, c.d_model) if c.router else None,
+                shared=expert(c.d_shared) if c.d_shared else None,
+                shared_gate=matrix("f32", 1, c.d_model) if c.shared_gate else None,
+                window=window,
+            )
+            for _ in range(c.n_layers)
+        ]
+        self.experts = [[expert(c.d_expert) for _ in range(c.router.n_expert if c.router else 0)] for _ in self.layers]
+        self.norm, self.head = vector(c.d_model), matrix(rest, c.n_vocab, c.d_model)
+        self.embedding = np.random.default_rng(5).standard_normal((c.n_vocab, c.d_model)).astype(np.float32)
+
+    def engine(self, device: Any, kv_type: str) -> tuple[Engine, Session]:
+        """An engine over a device with these weights."""
+        for layer in self.layers:
+            device.add_layer(layer)
+        tables: list[Any] = []
+        for experts in self.experts:
+            table = device.new_table(len(experts)) if experts else None
+            for index, expert in enumerate(experts):
+                table[index] = device.pack_expert(expert)
+            tables.append(table)
+        device.set_head(self.norm, Linear(self.head))
+        session = Session(device.new_cache(N_CONTEXT, kv_type))
+        return Engine(device.config, device, AllResident(tables), lambda ids: self.embedding[ids]), session
+
+
+def logits(engine: Engine, session: Session, chunk: int) -> Floats:
+    """Of every position of one sequence."""
+    session.tokens.clear()
+    ids = [(7 * i * i + 3) % 53 for i in range(N_TOKENS)]
+    return np.concatenate([rows.copy() for n in engine.prefill(ids, session, chunk=chunk) for rows in engine.logits(n)])
+
+
+CASES = {
+    "odd-floats": (config(40, 24, (3, 1), 12, (5, 2), 9, shared_gate=True), ("f16", "bf16", "f16", "f16")),
+    "one-expert": (config(33, 17, (2, 2), 8, (1, 1), 0), ("f32", "f32", "bf16", "f32")),
+    "dense": (config(96, 0, (3, 3), 32, (0, 0), 64), ("int4", "int8", "f16", "int4")),
+    "int4-int8": (config(64, 64, (4, 2), 16, (4, 2), 32), ("int4", "int8", "int4", "int4")),
+    "int8-float": (config(64, 32, (4, 2), 16, (9, 4), 0), ("int8", "f16", "int5-min", "int4")),
+    "halves": (config(64, 32, (4, 1), 16, (3, 3), 0), ("int4", "int2-g16-min", "iq4-nl", "int6-g16")),
+    "gelu": (config(64, 32, (4, 2), 16, (4, 2), 0, activation="gelu"), ("int4", "int4", "int4", "int4")),
+    "oss": (config(64, 32, (4, 2), 16, (4, 2), 32, activation="swiglu-oss"), ("mxfp4", "mxfp4", "mxfp4", "int8")),
+    "window": (config(64, 32, (4, 2), 16, (4, 2), 0), ("int4", "int4", "int4", "int4")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("activations", ["int8", "f32"])
+def test_the_devices_agree(name: str, activations: str) -> None:
+    c, formats = CASES[name]
+    weights = Weights(c, *formats, window=9 if name == "window" else 0)
+    kv_type = "int8" if name in ("dense", "window") else "f16"
+    expected = logits(*weights.engine(ReferenceDevice(c, N_CONTEXT, activations=activations), kv_type), 64)
+    assert np.isfinite(expected).all()
+    for threads, chunk in ((1, 34), (3, 13), (2, 1)):
+        engine, session = weights.engine(CpuDevice(c, N_CONTEXT, threads=threads, activations=activations), kv_type)
+        assert np.array_equal(logits(engine, session, chunk), expected), (threads, chunk)
+        engine.trace = lambda layer, routes: None  # layer by layer, outputs kept apart
+        assert np.array_equal(logits(engine, session, chunk), expected), (threads, chunk, "layer by layer")
+        engine.trace = None
+        assert np.array_equal(logits(engine, session, 7), expected), (threads, "in chunks of 7")
+        engine.device.close()
