@@ -108,7 +108,7 @@ class _Job:
         self.cache = code.record(j.cache, CACHE)
         self.scratch = code.record(j.scratch, SCRATCH)
         self.own = self.scratch.address + thread * self.scratch.stride  # this thread's share of the work space
-        self.eps = a.location + ATTENTION.fields["eps"][1]  # type: ignore[index]
+        self.eps = a.location + ATTENTION.fields["eps"][1]  # type: ignore[index]   # a record has fields
         self.group = a.n_heads // a.n_kv_heads
         self.width = (a.d_value + 15) // 16 * 16
         self.n_rows = j.n_tokens * self.group  # of one key/value head

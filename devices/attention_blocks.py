@@ -219,7 +219,7 @@ class _Blocks:
         """Weights of all rows; their largest scores and sums into the part."""
         code, rows, kind = self.code, self.rows, self.key_kind
         weigh = code.function("edgert_weigh", 6, _weigh)
-        scale = rows.location + ROWS.fields["scale"][1]  # type: ignore[index]
+        scale = rows.location + ROWS.fields["scale"][1]  # type: ignore[index]   # a record has fields
         keys, scales = self.numbers(kind, block, block + rows.key_scales, rows.d_head)
         stride = BLOCK * self.item(kind)
         with code.loop(0, rows.n_rows, self.together) as start:

@@ -103,7 +103,7 @@ class _Product:
         column, most = self.code.variable(0), _vectors_at_once(n_rows)
         for n_vectors in sorted({most, min(most, 4), 1}, reverse=True):
             last = self.given["n_columns"] - 16 * n_vectors
-            with self.code.repeat(lambda last=last: column.value <= last):  # type: ignore[misc]
+            with self.code.repeat(lambda last=last: column.value <= last):  # type: ignore[misc]   # bound early
                 self.sums(n_rows, n_vectors, column.value)
                 column.value += 16 * n_vectors
 

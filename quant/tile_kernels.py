@@ -139,7 +139,7 @@ class _Kernel:
 
     def dot(self, tiles: list[Any], n_in: Any, x: Any) -> list[list[Any]]:
         """Totals of each tile and row."""
-        raise NotImplementedError
+        raise NotImplementedError  # _Integers and _Floats have it
 
     def store(self, totals: list[Any], at: Any, block: Any, stride: Any, bias: Any, bias_at: Any) -> None:
         """Write one tile's totals, a vector for each row."""

@@ -249,7 +249,7 @@ def test_the_timed_device_is_taken_away_again() -> None:
         runner.prepare(TESTS[2])
         phases = runner.phases(TESTS[2])
         assert phases["attend"] > 0 and phases["experts"] > 0 and "run_layers" not in phases
-        runner._check = lambda: 1 / 0  # type: ignore[assignment, return-value]
+        runner._check = lambda: 1 / 0  # type: ignore[assignment, return-value]   # it stops the run
         with pytest.raises(ZeroDivisionError):
             runner.phases(TESTS[2])
         assert parts.engine.device is device and parts.engine.embed == embed

@@ -187,7 +187,7 @@ def run_tests(path: str, debian: Path, packages: Path) -> bool:
         "PYTHONPATH": "/edgert:/packages",
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": "/root",
-        "XDG_CACHE_HOME": "/root/cache",
+        "XDG_CACHE_HOME": "/root/cache",  # in the emulated Debian
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
         "NUMBA_CPU_NAME": cpu,
         "NUMBA_CPU_FEATURES": features,
