@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgert.quant.formats import Format, MatrixSource
+from edgert.quant.formats import Format, MatrixSource, PackedPart
 from edgert.types import Floats, Ids, ModelConfig, Routes
 
-CHUNK = 512  # most tokens that one call takes
+CHUNK = 512  # most tokens that one call takes, unless a device is made for fewer or more
+APART = 16  # most tokens whose experts' outputs are kept apart, so that experts may come in any order
+AHEAD = 2  # layers whose routers may look ahead
+ABSENT, READING, READY = 0, 1, 2  # states of an expert: not in RAM, on its way there, in its table to be run
 Table = npt.NDArray[Any]  # (n_expert,) or (n_expert, ...) of a device's own kind; indexed by expert ids
 
 
@@ -56,17 +59,25 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class ExpertGroup:
-    """Some experts of a layer and the (token, expert) pairs that they serve.
+class Routed:
+    """The routes of one layer, and its (token, expert) pairs, expert by expert.
 
-    experts: rows of the layer's table. Pairs first[e] to first[e + 1] belong to expert e; pair p takes token tokens[p]
-    and leaves its output in row slots[p] = token * top_k + k.
+    Pairs first[e] to first[e + 1] belong to expert e (first: n_expert + 1); pair p takes token tokens[p] and leaves its
+    output in row slots[p] = token * top_k + k. Valid until the device goes on.
     """
 
-    experts: Table
+    routes: Routes
     first: Ids
     tokens: Ids
     slots: Ids
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Some experts of a layer, by their ids (n,). phases: 1 runs gate and up, 2 down on what they left, 3 both."""
+
+    ids: Ids
+    phases: int = 3
 
 
 class Cache(Protocol):
@@ -77,9 +88,14 @@ class Cache(Protocol):
 
 
 class Device(Protocol):
-    """Where arithmetic runs. Shapes: x float32 (n_tokens, d_model), n_tokens <= CHUNK. One caller at a time."""
+    """Where arithmetic runs. Shapes: x float32 (n_tokens, d_model), n_tokens <= chunk. One caller at a time.
+
+    A step: begin, then for each layer that `run_layers` stops at its experts, group by group, and combine; then head.
+    """
 
     name: str
+    chunk: int  # most tokens of a step
+    n_used: int  # experts that the step has used so far, each counted once a layer
 
     @staticmethod
     def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
@@ -100,19 +116,45 @@ class Device(Protocol):
     def new_cache(self, n_context: int, kv_type: str) -> Cache:
         """A key/value cache for `n_context` positions, of one of kv_cache.KV_TYPES."""
 
+    def place_expert(
+        self, table: Table, expert: int, parts: tuple[PackedPart, ...], record: npt.NDArray[np.uint8]
+    ) -> None:
+        """Make an expert of a table the gate, up and down whose record lies, or will lie, in a buffer."""
+
     def begin(self, embeddings: Floats) -> None:
         """Make `embeddings` the residual stream of a chunk."""
 
-    def run_layers(self, tables: Sequence[Table | None], cache: Any, start: int) -> int | None:
-        """All layers at once, every expert being in the tables; how many were used, or None if the device cannot."""
+    def run_layers(
+        self,
+        tables: Sequence[Table | None],
+        states: npt.NDArray[np.uint8] | None,
+        cache: Any,
+        start: int,
+        first: int,
+        *,
+        every_layer: bool,
+        n_ahead: int,
+    ) -> int:
+        """Run the tokens at positions start, start + 1, ... through layers from `first` on.
 
-    def attend(self, layer: int, cache: Any, start: int) -> Floats | None:
-        """Attention half of a layer for tokens at positions start, start + 1, ...: router scores, or None if dense."""
+        Stops after the routing of a layer that needs an expert which is not READY in `states` (n_layers * n_expert,;
+        None: all are), or with every_layer of any that has experts, and returns its number; the number of layers when
+        all are done. n_ahead: how many of the next layers' routers score the last token's state, for `ahead`.
+        """
 
-    def experts(self, layer: int, group: ExpertGroup | None, *, with_shared: bool) -> None:
-        """Run a group of experts, and the shared expert along with them if asked to."""
+    def routed(self, layer: int) -> Routed:
+        """The routes of the layer that run_layers stopped at."""
 
-    def combine(self, layer: int, routes: Routes | None) -> None:
+    def chosen(self, layer: int) -> tuple[Ids, Floats]:
+        """Ids and weights, (n_tokens, top_k), of any layer that this step has run through; valid until the next."""
+
+    def ahead(self, layer: int) -> list[Floats]:
+        """Scores (n_expert,) that the routers of layers layer + 1, layer + 2, ... gave in `layer`; maybe none."""
+
+    def experts(self, layer: int, group: ExpertGroup) -> None:
+        """Run a group of experts of the layer that was stopped at; those of more than APART tokens in ascending id."""
+
+    def combine(self, layer: int) -> None:
         """Add the weighted expert outputs, in ascending expert id, and the shared one to the residual stream."""
 
     def head(self, first_row: int = 0) -> Floats:

@@ -43,7 +43,7 @@ class Arena:
         """Bytes on a 64-byte boundary; they live as long as the array."""
         start = round_up(self._used, 64)
         if start + n_bytes > len(self._piece):
-            self._piece, start = _huge(max(n_bytes, _PIECE_BYTES)), 0
+            self._piece, start = huge_pages(max(n_bytes, _PIECE_BYTES)), 0
         self._used = start + n_bytes
         return self._piece[start : start + n_bytes]
 
@@ -53,8 +53,12 @@ def unused_bytes(n_bytes: int) -> int:
     return _HUGE_PAGE * (n_bytes // _PIECE_BYTES + 2)
 
 
-def _huge(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Zeroed bytes that begin where a huge page may."""
+def huge_pages(n_bytes: int, *, shared_with_child: bool = True) -> npt.NDArray[np.uint8]:
+    """Zeroed bytes that begin where a huge page may.
+
+    shared_with_child: False for what flash is read into. A fork during a direct read may hand its bytes to the child's
+    copy of the page instead; so the child gets no copy.
+    """
     try:
         memory = mmap.mmap(-1, n_bytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -62,6 +66,8 @@ def _huge(n_bytes: int) -> npt.NDArray[np.uint8]:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
+    if not shared_with_child and hasattr(mmap, "MADV_DONTFORK"):
+        memory.madvise(mmap.MADV_DONTFORK)
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
     return whole[start : start + n_bytes]

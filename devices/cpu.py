@@ -16,22 +16,31 @@ from edgert.devices import attention, feed_forward, layers
 from edgert.devices.attention import ATTEND_JOB, ATTENTION
 from edgert.devices.attention_blocks import ATTEND_BLOCKS
 from edgert.devices.attention_heads import HEAD_NORM, NO_NORM, VECTOR_NORM, WRITE
-from edgert.devices.base import CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Table, rope_angles
+from edgert.devices.base import (
+    AHEAD,
+    CHUNK,
+    ExpertGroup,
+    ExpertWeights,
+    LayerWeights,
+    Linear,
+    Routed,
+    Table,
+    rope_angles,
+)
 from edgert.devices.buffers import Arena, Rows, aligned, round_up
-from edgert.devices.feed_forward import GROUP, PARTS_BYTES
+from edgert.devices.feed_forward import GROUP
 from edgert.devices.kv_cache import KvCache
 from edgert.devices.layers import LAYER, ROUTING, STEP
 from edgert.devices.threads import ThreadPool
+from edgert.devices.work_space import HEAD_ROWS, float_buffers, input_buffers, scratch_bytes
 from edgert.errors import OptionError
 from edgert.quant import matmul
-from edgert.quant.formats import Format, MatrixSource
+from edgert.quant.formats import Format, MatrixSource, PackedPart
 from edgert.quant.matmul import MATRIX
 from edgert.quant.records import address_of
 from edgert.quant.reference import ACTIVATIONS
-from edgert.quant.tile_kernels import GROUP_BYTES
-from edgert.types import Floats, ModelConfig, Routes
+from edgert.types import Floats, Ids, ModelConfig, Routes
 
-HEAD_ROWS = 32  # rows of logits that are computed at a time
 _QK_NORM = {"none": NO_NORM, "head": HEAD_NORM, "vector": VECTOR_NORM}
 # What a chat needs compiled beside kernels: by field of STEP, with the number of integers each takes; and jobs. The
 # other jobs are compiled when they are called.
@@ -43,60 +52,12 @@ _PARTS = {
     "down": (feed_forward.down, 8),
 }
 _JOBS = (layers.run_layers, layers.run_head)
+_STREAMED_JOBS = (layers.run_experts, layers.run_combine)  # where experts come from elsewhere
 
 
 def _addresses(records: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """The address of each record of an array."""
     return records.ctypes.data + np.arange(len(records), dtype=np.int64) * records.itemsize
-
-
-def _float_buffers(config: ModelConfig, n_threads: int) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the buffers of floats; with one token, each thread has a row of its own."""
-    c, n_rows = config, max(CHUNK, n_threads)
-    top_k, n_expert = (c.router.top_k, c.router.n_expert) if c.router else (0, 0)
-    return {
-        "x": (n_rows, c.d_model),
-        "query": (n_rows, c.n_heads * c.d_head),
-        "key": (n_rows, c.n_kv_heads * c.d_head),
-        "value": (n_rows, c.n_kv_heads * c.d_value),
-        "output": (n_rows, c.d_model),
-        "scores": (n_rows, n_expert),
-        "outputs": (CHUNK * (top_k + 1), c.d_model),
-        "logits": (HEAD_ROWS, c.n_vocab),
-    }
-
-
-def _input_buffers(config: ModelConfig, n_threads: int) -> dict[str, tuple[int, int]]:
-    """Likewise of those that are multiplied with matrices, and so quantised."""
-    c, n_rows = config, max(CHUNK, n_threads)
-    return {
-        "normed": (n_rows, c.d_model),
-        "attended": (n_rows, c.n_heads * c.d_value),
-        "hidden": (CHUNK * (c.router.top_k if c.router else 0), c.d_expert),
-        "shared_hidden": (CHUNK, c.d_shared),
-    }
-
-
-def _scratch_bytes(config: ModelConfig) -> int:
-    """Bytes of one thread's work space."""
-    widest = max(config.d_model, config.n_heads * config.d_value, config.d_expert, config.d_shared)
-    return round_up(PARTS_BYTES + 2 * matmul.scratch_bytes(widest), 64)
-
-
-def work_bytes(config: ModelConfig, n_context: int, n_threads: int, *, float_hidden: bool) -> int:
-    """Bytes that a device takes beside weights and key/value cache.
-
-    float_hidden: whether a down projection takes rows of floats.
-    """
-    floats = sum(4 * n_rows * width for n_rows, width in _float_buffers(config, n_threads).values())
-    inputs = _input_buffers(config, n_threads)
-    quantised = sum(n_rows * width * GROUP_BYTES // 32 for n_rows, width in inputs.values())
-    floats += sum(
-        4 * n_rows * width for name, (n_rows, width) in inputs.items() if float_hidden or "hidden" not in name
-    )
-    angles = 4 * config.rope.n_rotated * n_context
-    scratch = n_threads * _scratch_bytes(config) + attention.scratch_bytes(config, n_threads, n_context, CHUNK)
-    return floats + quantised + angles + scratch
 
 
 class CpuDevice:
@@ -112,10 +73,11 @@ class CpuDevice:
         threads: int | None = None,
         activations: str = "int8",
         rope_divisors: Floats | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations={activations!r} is not known; use int8 or f32")
-        self.config, self.n_context = config, n_context
+        self.config, self.n_context, self.chunk = config, n_context, chunk
         self.pool = ThreadPool(threads)
         self._quantised = activations == "int8"
         self._arena = Arena()
@@ -127,6 +89,8 @@ class CpuDevice:
         self._angles = rope_angles(config, n_context, rope_divisors)
         self._step = np.zeros(1, STEP)
         self._cache: KvCache | None = None
+        # By the parts' id: those, kept so that it stays theirs, and MATRIX (3,) of a record at address 0
+        self._templates: dict[int, tuple[tuple[PackedPart, ...], npt.NDArray[Any]]] = {}
         self._tables: Sequence[Table | None] = ()
 
     @staticmethod
@@ -135,7 +99,12 @@ class CpuDevice:
         quantised = activations == "int8"
         tiles = {kernel: 8 for format in formats for kernel in matmul.compiled_kernels(format, quantised)}
         cache = ATTEND_BLOCKS[kv_type], WRITE[kv_type]
-        return [*tiles.items(), *_PARTS.values(), *((job, 4) for job in _JOBS), *((kernel, 1) for kernel in cache)]
+        return [
+            *tiles.items(),
+            *_PARTS.values(),
+            *((job, 4) for job in (*_JOBS, *_STREAMED_JOBS)),
+            *((kernel, 1) for kernel in cache),
+        ]
 
     # ---- loading -----------------------------------------------------------------------------------------------------
     def add_layer(self, weights: LayerWeights) -> None:
@@ -189,6 +158,18 @@ class CpuDevice:
         self._float_hidden |= bool(rows[2]["floats"][0])
         return np.concatenate(rows)
 
+    def place_expert(
+        self, table: Table, expert: int, parts: tuple[PackedPart, ...], record: npt.NDArray[np.uint8]
+    ) -> None:
+        """Make an expert of a table the record that lies, or will lie, in a buffer that the caller keeps."""
+        found = self._templates.get(id(parts))
+        if found is None:
+            records = [matmul.matrix_record(part, part.offset, quantised=self._quantised) for part in parts]
+            found = self._templates[id(parts)] = parts, np.concatenate(records)
+            self._float_hidden |= bool(found[1]["floats"][2])
+        table[expert] = found[1]
+        table["address"][expert] += record.__array_interface__["data"][0]
+
     def _linear(self, linear: Linear) -> int:
         """Address of the MATRIX of a packed matrix."""
         buffer = self._arena.take(linear.matrix.format.matrix_bytes(*linear.matrix.shape))
@@ -216,14 +197,14 @@ class CpuDevice:
     def _allocate(self) -> None:
         c, step, n_threads = self.config, self._step, self.pool.n_threads
         top_k, n_expert = (c.router.top_k, c.router.n_expert) if c.router else (0, 0)
-        for name, (n_rows, width) in _float_buffers(c, n_threads).items():
+        for name, (n_rows, width) in float_buffers(c, n_threads, self.chunk).items():
             made = self._rows[name] = Rows(n_rows, width)
             step[name], step[f"{name}_stride"] = made.address, made.stride
-        for name, (n_rows, width) in _input_buffers(c, n_threads).items():
+        for name, (n_rows, width) in input_buffers(c, n_threads, self.chunk).items():
             floats = self._float_hidden or "hidden" not in name
             made = self._rows[name] = Rows(n_rows, width, quantised=self._quantised, floats=floats)
             step[name] = made.record.ctypes.data
-        size = _scratch_bytes(c)
+        size = scratch_bytes(c)
         step["scratch"], step["scratch_bytes"] = self._keep(aligned(n_threads * size)), size
         step["layers"] = self._keep(np.concatenate(self._layers))
         self._layer_records = self._kept[-1]
@@ -233,19 +214,20 @@ class CpuDevice:
         if c.router:
             step["n_expert"], step["top_k"], step["router_scale"] = n_expert, top_k, c.router.scale
             step["softmax"], step["normalise"] = c.router.gating == "softmax", c.router.normalise
-        self._n_used = np.zeros(1, np.int64)
-        step["n_used"] = self._n_used.ctypes.data
+        self._all_experts = np.arange(n_expert, dtype=np.int64)
+        step["all_experts"] = self._all_experts.ctypes.data
         self._make_attend_jobs()
         self._make_routings(top_k, n_expert)
         for name, (part, n_arguments) in _PARTS.items():
             step[name] = address_of(part, n_arguments)
-        self._run_layers, self._run_head = (address_of(job, 4) for job in _JOBS)
+        jobs = (*_JOBS, *_STREAMED_JOBS)
+        self._run_layers, self._run_head, self._run_experts, self._run_combine = (address_of(job, 4) for job in jobs)
 
     def _make_attend_jobs(self) -> None:
         """The jobs of attention, one for each layer."""
         c, step, n_threads = self.config, self._step, self.pool.n_threads
-        scratch = attention.new_scratch(c, n_threads, self.n_context, CHUNK)
-        size = attention.scratch_bytes(c, n_threads, self.n_context, CHUNK)
+        scratch = attention.new_scratch(c, n_threads, self.n_context, self.chunk)
+        size = attention.scratch_bytes(c, n_threads, self.n_context, self.chunk)
         scratch["address"] = self._keep(aligned(size))
         attended = self._rows["attended"]
         jobs, described = np.zeros(c.n_layers, ATTEND_JOB), np.concatenate(self._attention)
@@ -258,23 +240,30 @@ class CpuDevice:
         self._layer_records["attend_job"] = _addresses(jobs)
 
     def _make_routings(self, top_k: int, n_expert: int) -> None:
-        """Places for routes: of a chunk, and of one token for each thread; and the groups that threads fill."""
-        n_threads, step = self.pool.n_threads, self._step
+        """Places for routes: of a chunk, and of one token for each thread; those of all layers; the threads' groups."""
+        n_threads, step, chunk = self.pool.n_threads, self._step, self.chunk
         routings, groups = np.zeros(n_threads + 1, ROUTING), np.zeros((n_threads, 2), GROUP)
-        all_tokens = self._keep(np.arange(CHUNK * (top_k + 1), dtype=np.int64))
+        all_tokens = self._keep(np.arange(chunk * (top_k + 1), dtype=np.int64))
+        self._routings: list[dict[str, npt.NDArray[Any]]] = []
         for place, routing in enumerate(routings):
-            n = CHUNK if place == 0 else 1
-            for name, size in {"ids": n * top_k, "order": n * top_k, "tokens": n * top_k, "slots": n * top_k}.items():
-                routing[name] = self._keep(np.zeros(size + 8, np.int64))
-            routing["first"] = self._keep(np.zeros(n_expert + 9, np.int64))
+            n = chunk if place == 0 else 1
+            sizes = {"ids": n * top_k, "order": n * top_k, "tokens": n * top_k, "slots": n * top_k}
+            made = {name: np.zeros(size + 8, np.int64) for name, size in (sizes | {"first": n_expert + 1}).items()}
             for name, size in {"weights": n * top_k, "shares": n, "probabilities": n_expert}.items():
-                routing[name] = self._keep(aligned(4 * size + 64).view(np.float32))
+                made[name] = aligned(4 * size + 64).view(np.float32)
+            for name, array in made.items():
+                routing[name] = self._keep(array)
             routing["all_tokens"] = all_tokens
+            self._routings.append(made)
         groups["activation"] = step["activation"]
         groups["hidden"][:, 0], groups["hidden"][:, 1] = step["hidden"], step["shared_hidden"]
         for pair in groups:
-            pair[1]["first"] = self._keep(np.zeros(2, np.int64))
+            pair[1]["ids"], pair[1]["first"] = self._keep(np.zeros(1, np.int64)), self._keep(np.zeros(2, np.int64))
         step["routings"], step["groups"] = self._keep(routings), self._keep(groups)
+        shape = self.config.n_layers, chunk * top_k
+        self._chosen = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        step["kept_ids"], step["kept_weights"] = (array.ctypes.data for array in self._chosen)
+        step["kept_stride"] = shape[1]
 
     def new_cache(self, n_context: int, kv_type: str) -> KvCache:
         """A key/value cache for `n_context` positions."""
@@ -284,63 +273,96 @@ class CpuDevice:
     def begin(self, embeddings: Floats) -> None:
         """Make `embeddings` (n_tokens, d_model) the residual stream."""
         n_tokens, d_model = embeddings.shape
-        assert 0 < n_tokens <= CHUNK and d_model == self.config.d_model, embeddings.shape
+        assert 0 < n_tokens <= self.chunk and d_model == self.config.d_model, embeddings.shape
         top_k = self.config.router.top_k if self.config.router else 0
         self._step["n_tokens"], self._step["shared_slot"] = n_tokens, n_tokens * top_k
         self._rows["x"].floats[:n_tokens, :d_model] = embeddings
+        self._step["n_used"] = 0
+        self._n_tokens, self._n_ahead = n_tokens, 0
 
-    def _at(self, cache: KvCache, start: int) -> int:
-        """Set the jobs of attention for the tokens from position `start` on; how many there are."""
-        n = int(self._step["n_tokens"][0])
+    def _at(self, cache: KvCache, start: int) -> None:
+        """Set the jobs of attention for the tokens from position `start` on."""
+        n = self._n_tokens
         assert 0 <= start and start + n <= min(cache.n_context, self.n_context), (start, n)
         jobs = self._attend_jobs
         if cache is not self._cache:
             jobs["cache"], self._cache = _addresses(cache.records), cache
         jobs["n_tokens"], jobs["start"], jobs["angles"] = n, start, self._angles[start].ctypes.data
-        return n
 
-    def run_layers(self, tables: Sequence[Table | None], cache: KvCache, start: int) -> int:
-        """All layers in one call; the number of experts used, layer by layer."""
-        self._at(cache, start)
+    def run_layers(
+        self,
+        tables: Sequence[Table | None],
+        states: npt.NDArray[np.uint8] | None,
+        cache: KvCache,
+        start: int,
+        first: int,
+        *,
+        every_layer: bool = False,
+        n_ahead: int = 0,
+    ) -> int:
+        """Layers from `first` on, up to one that lacks an expert; see devices.base.Device."""
+        step = self._step
+        step["states"] = 0 if states is None else states.__array_interface__["data"][0]
+        if first == 0:
+            self._at(cache, start)
         if tables is not self._tables:
             self._tables = tables
             addresses = [0 if table is None else table.ctypes.data for table in tables]
             self._layer_records["experts"] = addresses
-        self._n_used[0] = 0
+        self._n_ahead = min(n_ahead, AHEAD)
+        step["first_layer"], step["every_layer"], step["n_ahead"] = first, every_layer, self._n_ahead
         self._run(self._run_layers)
-        return int(self._n_used[0])
+        step["is_first"] = 1
+        return int(step["stopped"][0])
 
     def _run(self, job: int) -> None:
         self.pool.run(job, self._step.ctypes.data)
 
-    def attend(self, layer: int, cache: KvCache, start: int) -> Floats | None:
-        """Attention half of a layer: router scores (n_tokens, n_expert and padding), or None if it is dense."""
-        n = self._at(cache, start)
-        self._step["layer"] = layer
-        self._run(address_of(layers.run_attention, 4))
-        return self._rows["scores"].floats[:n] if self._layer_records["router"][layer] else None
+    @property
+    def n_used(self) -> int:
+        """Experts that the step has used so far, each counted once a layer."""
+        return int(self._step["n_used"][0])
 
-    def experts(self, layer: int, group: ExpertGroup | None, *, with_shared: bool) -> None:
-        """Run a group of experts, and the shared expert along with them if asked to."""
-        step = self._step
-        step["layer"], step["with_shared"], step["group_size"] = layer, with_shared, 0
-        if group is not None:
-            experts = np.ascontiguousarray(group.experts)
-            step["group_matrices"], step["group_size"] = experts.ctypes.data, len(experts)
-            for name in ("first", "tokens", "slots"):
-                step[name] = getattr(group, name).ctypes.data
-        self._run(address_of(layers.run_experts, 4))
+    def routed(self, layer: int) -> Routed:
+        """The routes of the layer that run_layers stopped at: views of what the job filled."""
+        assert self.config.router is not None
+        n, top_k, n_expert = self._n_tokens, self.config.router.top_k, self.config.router.n_expert
+        made, pairs = self._routings[1 if n == 1 else 0], n * top_k
+        routes = Routes(*(made[name][:pairs].reshape(n, top_k) for name in ("ids", "weights", "order")))
+        return Routed(routes, made["first"][: n_expert + 1], made["tokens"][:pairs], made["slots"][:pairs])
 
-    def combine(self, layer: int, routes: Routes | None) -> None:
+    def chosen(self, layer: int) -> tuple[Ids, Floats]:
+        """Ids and weights of a layer that the step has run through."""
+        assert self.config.router is not None
+        n, top_k = self._n_tokens, self.config.router.top_k
+        ids, weights = self._chosen
+        return ids[layer, : n * top_k].reshape(n, top_k), weights[layer, : n * top_k].reshape(n, top_k)
+
+    def ahead(self, layer: int) -> list[Floats]:
+        """What the routers of the next layers make of this layer's state."""
+        assert self.config.router is not None
+        scores, n_layers = self._rows["ahead_scores"].floats, self.config.n_layers
+        n = min(self._n_ahead, n_layers - 1 - layer)
+        rows = [layer * self._n_ahead + distance for distance in range(n)]
+        with_router = self._layer_records["router"][layer + 1 : layer + 1 + n]
+        return [scores[row, : self.config.router.n_expert] for row, has in zip(rows, with_router, strict=True) if has]
+
+    def experts(self, layer: int, group: ExpertGroup) -> None:
+        """Run a group of experts of the layer that was stopped at, and with the first the shared one."""
+        step, ids = self._step, np.ascontiguousarray(group.ids, np.int64)
+        step["layer"], step["phases"] = layer, group.phases
+        step["group_ids"], step["group_size"] = ids.__array_interface__["data"][0], len(ids)
+        self._run(self._run_experts)
+        step["is_first"] = 0
+
+    def combine(self, layer: int) -> None:
         """Add the weighted expert outputs and the shared one to the residual stream."""
         self._step["layer"] = layer
-        if routes is not None:
-            self._step["order"], self._step["weights"] = routes.order.ctypes.data, routes.weights.ctypes.data
-        self._run(address_of(layers.run_combine, 4))
+        self._run(self._run_combine)
 
     def head(self, first_row: int = 0) -> Floats:
         """Logits (rows, n_vocab) of at most HEAD_ROWS tokens from `first_row` on; valid until the next call."""
-        n = min(int(self._step["n_tokens"][0]) - first_row, HEAD_ROWS)
+        n = min(self._n_tokens - first_row, HEAD_ROWS, self.chunk)
         self._step["first_row"], self._step["n_rows"] = first_row, n
         self._run(self._run_head)
         return self._rows["logits"].floats[:n, : self.config.n_vocab]

@@ -18,10 +18,11 @@ from edgert.quant.records import at, record
 from edgert.quant.simd import first_lane, fma, load_f32, load_float, load_long, splat, store_f32
 from edgert.quant.tile_kernels import GROUP_BYTES
 
-# Networks and the rows that they serve: `n_experts` times three MATRIX (gate, up, down) at `matrices`. Pairs first[e]
-# to first[e + 1] (int64) belong to expert e; pair p takes input row tokens[p] and, if outputs are kept apart, gives
-# output row slots[p]. `weights` (float32) is indexed by slot; `hidden` is the address of ROWS, a row for each pair.
-GROUP = record("matrices n_experts first tokens slots weights hidden activation")
+# Networks and the rows that they serve: the `n_experts` of `ids` (int64), of which expert e has three MATRIX (gate, up,
+# down) at `matrices` and the pairs first[e] to first[e + 1] (int64). Pair p takes input row tokens[p] and, if outputs
+# are kept apart, gives output row slots[p]. `weights` (float32) is indexed by slot; `hidden` is the address of ROWS, a
+# row for each pair.
+GROUP = record("matrices ids n_experts first tokens slots weights hidden activation")
 _MATRIX = MATRIX.itemsize
 _UNIT = 2  # tiles of the hidden vector that are computed at a time: 32 columns, a group of the next activations
 _ROW_UNITS = 32  # such units of a single row
@@ -63,7 +64,8 @@ def gate_and_up(thread: int, n_threads: int, group: int, rows: int, own: int, pa
     rows: address of ROWS of the input; own: added to the numbers of its rows; parts and scratch: the thread's own.
     """
     g = at(group, GROUP)
-    for expert in range(g.n_experts):
+    for turn in range(g.n_experts):
+        expert = load_long(g.ids + 8 * turn)
         start, end = load_long(g.first + 8 * expert), load_long(g.first + 8 * expert + 8)
         if start == end:
             continue
@@ -71,8 +73,8 @@ def gate_and_up(thread: int, n_threads: int, group: int, rows: int, own: int, pa
         n_tiles = (at(gate, MATRIX).n_out + 15) // 16
         floats = at(up + _MATRIX, MATRIX).floats != 0
         n_units = (n_tiles + _UNIT - 1) // _UNIT
-        turn = (thread + expert) % n_threads  # so that no thread has the larger share of every expert
-        first_unit, last_unit = n_units * turn // n_threads, n_units * (turn + 1) // n_threads
+        share = (thread + turn) % n_threads  # so that no thread has the larger share of every expert
+        first_unit, last_unit = n_units * share // n_threads, n_units * (share + 1) // n_threads
         if end - start == 1:
             row = load_long(g.tokens + 8 * start) + own
             for first in range(first_unit, last_unit, _ROW_UNITS):  # long reads: memory likes them
@@ -116,7 +118,8 @@ def down(thread: int, n_threads: int, group: int, out: int, stride: int, add: in
     With `add`, they are added up, times their weights, in their tokens' rows; else each is left in its slot's row.
     """
     g = at(group, GROUP)
-    for expert in range(g.n_experts):
+    for turn in range(g.n_experts):
+        expert = load_long(g.ids + 8 * turn)
         start, end = load_long(g.first + 8 * expert), load_long(g.first + 8 * expert + 8)
         if start == end:
             continue

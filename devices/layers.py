@@ -1,4 +1,4 @@
-"""The compiled jobs of a step: all layers in one call, or the halves of one layer where experts come from elsewhere.
+"""The compiled jobs of a step: layers in one call up to the first whose experts are away, and the rest of such a layer.
 
 Every thread of a pool runs them together. With several tokens, rows are dealt out where work goes row by row, and
 columns where it goes through a matrix; with one token each thread makes the rows that it needs for itself, in row
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgert.devices.base import APART, READY
 from edgert.devices.feed_forward import (
     GROUP,
     PARTS_BYTES,
@@ -24,15 +25,20 @@ from edgert.quant.functions import quantise_row, rms_norm
 from edgert.quant.jit import inner
 from edgert.quant.matmul import MATRIX, ROWS
 from edgert.quant.records import at, call, record, view
-from edgert.quant.simd import fma, load_f32, load_float, splat, store_f32, store_float
+from edgert.quant.simd import fma, load_f32, load_float, load_long, splat, store_f32, store_float
 
 # One layer: addresses of MATRIX (router, shared_gate: or 0), of three MATRIX (shared: or 0), of the MATRIX of its
 # experts, of norm weights, and of what the attention job takes.
 LAYER = record("query key value output router experts shared shared_gate attention_norm feed_forward_norm attend_job")
 
 # A step. `rows` are addresses of ROWS; other buffers are float rows with their strides in floats. `routings` holds
-# ROUTING, first that of several tokens, then one for each thread; `groups` two GROUP a thread. The last fields are of
-# a layer at a time: the group of experts, the order and weights of the routes, and whether the shared one runs.
+# ROUTING, first that of several tokens, then one for each thread; `groups` two GROUP a thread. Layers run from
+# `first_layer` on, up to one that needs an expert which is not READY in `states` (uint8, n_expert a layer; 0: all
+# are) or, where `every_layer`, has any; its number is left in `stopped`. `all_experts` are the ids of all experts of
+# a layer. Routes of all layers stay in `kept_ids` (int64) and `kept_weights` (float32). `n_ahead` routers of layers
+# to come score the last token's state of each layer, into `ahead_scores`. The last fields are of the layer that was
+# stopped at: the group of experts, which `phases` of it to run (1: gate and up, 2: down), and whether it is the
+# layer's first.
 STEP = record(
     "layers n_layers n_tokens d_model x x_stride normed attended attended_width attend"
     " query query_stride key key_stride value value_stride output output_stride scores scores_stride"
@@ -40,14 +46,16 @@ STEP = record(
     " hidden shared_hidden"
     " attention_half multiply gate_and_up down"
     " n_used scratch scratch_bytes head_norm head logits logits_stride first_row n_rows"
-    " layer group_matrices group_size first tokens slots order weights with_shared",
+    " first_layer stopped states all_experts every_layer kept_ids kept_weights kept_stride"
+    " n_ahead ahead ahead_scores ahead_scores_stride"
+    " layer group_ids group_size phases is_first",
     floats="eps residual_scale router_scale logit_scale",
 )
 # Routes of some tokens: addresses of ids, order, slots, tokens (int64, top_k a token), first (int64, n_expert + 1),
 # weights (float32, top_k a token), shares of the shared expert (float32, one a token), probabilities (float32,
 # n_expert).
 ROUTING = record("ids weights order first tokens slots shares probabilities all_tokens")
-_MATRIX, _GROUP, _LAYER, _ROUTING = MATRIX.itemsize, GROUP.itemsize, LAYER.itemsize, ROUTING.itemsize
+_GROUP, _LAYER, _ROUTING = GROUP.itemsize, LAYER.itemsize, ROUTING.itemsize
 
 
 @inner
@@ -125,8 +133,8 @@ def attention_half(thread: int, n_threads: int, barrier: int, step: int, index: 
 
 
 @inner
-def _route(thread: int, n_threads: int, barrier: int, step: int) -> int:
-    """Choose the experts of all tokens and sort the pairs; the address of the ROUTING to use."""
+def _route(thread: int, n_threads: int, barrier: int, step: int, index: int) -> int:
+    """Choose the experts of all tokens in a layer and sort the pairs; the address of the ROUTING to use."""
     s = at(step, STEP)
     n = s.n_tokens
     routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
@@ -135,12 +143,18 @@ def _route(thread: int, n_threads: int, barrier: int, step: int) -> int:
     weights = view(r.weights, n * s.top_k, np.float32(0))
     order = view(r.order, n * s.top_k, np.int64(0))
     probabilities = view(mine.probabilities, s.n_expert, np.float32(0))
+    kept = index * s.kept_stride
+    kept_ids = view(s.kept_ids + 8 * kept, n * s.top_k, np.int64(0))
+    kept_weights = view(s.kept_weights + 4 * kept, n * s.top_k, np.float32(0))
     for t in range(0 if n == 1 else thread, n, 1 if n == 1 else n_threads):
         own = slice(t * s.top_k, (t + 1) * s.top_k)
         scores = view(s.scores + 4 * t * s.scores_stride, s.n_expert, np.float32(0))
         choose_row(
             scores, s.softmax != 0, s.normalise != 0, s.router_scale, probabilities, ids[own], weights[own], order[own]
         )
+        if n > 1 or thread == 0:
+            for i in range(t * s.top_k, (t + 1) * s.top_k):
+                kept_ids[i], kept_weights[i] = ids[i], weights[i]
     if n > 1:
         meet(barrier, n_threads)
     if n == 1 or thread == 0:
@@ -150,9 +164,8 @@ def _route(thread: int, n_threads: int, barrier: int, step: int) -> int:
             ids.reshape((n, s.top_k)), first, view(r.tokens, pairs, np.int64(0)), view(r.slots, pairs, np.int64(0))
         )
         if thread == 0:
-            used = view(s.n_used, 1, np.int64(0))
             for expert in range(s.n_expert):
-                used[0] += first[expert] < first[expert + 1]
+                s.n_used += first[expert] < first[expert + 1]
     if n > 1:
         meet(barrier, n_threads)
     return routing
@@ -180,64 +193,110 @@ def _shared_group(thread: int, n_threads: int, step: int, index: int, routing: i
 
 @inner
 def _run_groups(
-    thread: int, n_threads: int, barrier: int, step: int, shared: int, out: int, stride: int, add: int
+    thread: int, n_threads: int, barrier: int, step: int, phases: int, shared: int, out: int, stride: int, add: int
 ) -> None:
-    """The thread's group of experts, and the shared one (address of a GROUP): two phases with a barrier between."""
+    """Phases of the thread's group of experts, and all of the shared one (address of a GROUP), a barrier between."""
     s = at(step, STEP)
     own, parts = thread if s.n_tokens == 1 else 0, s.scratch + thread * s.scratch_bytes
     group = s.groups + 2 * thread * _GROUP
-    call(s.gate_and_up, (thread, n_threads, group, s.normed, own, parts, parts + PARTS_BYTES))
+    if phases & 1:
+        call(s.gate_and_up, (thread, n_threads, group, s.normed, own, parts, parts + PARTS_BYTES))
     call(s.gate_and_up, (thread, n_threads, shared, s.normed, own, parts, parts + PARTS_BYTES))
     meet(barrier, n_threads)
-    call(s.down, (thread, n_threads, group, out, stride, add, parts, parts + PARTS_BYTES))
+    if phases & 2:
+        call(s.down, (thread, n_threads, group, out, stride, add, parts, parts + PARTS_BYTES))
     call(s.down, (thread, n_threads, shared, out, stride, add, parts, parts + PARTS_BYTES))
 
 
 @inner
+def _look_ahead(thread: int, n_threads: int, step: int, index: int) -> None:
+    """Router scores of the next layers on the last token's state: what they may choose, roughly and early."""
+    s = at(step, STEP)
+    r, last = at(s.ahead, ROWS), s.x + 4 * (s.n_tokens - 1) * s.x_stride
+    for distance in range(s.n_ahead):
+        if index + 1 + distance >= s.n_layers:
+            return
+        layer = at(s.layers + (index + 1 + distance) * _LAYER, LAYER)
+        if layer.router:
+            normed = r.floats + 4 * thread * r.stride
+            rms_norm(last, layer.feed_forward_norm, normed, s.d_model, s.eps)
+            if r.group_stride:
+                quantise_row(normed, s.d_model, r.groups + thread * r.group_stride)
+            out = s.ahead_scores + 4 * (index * s.n_ahead + distance) * s.ahead_scores_stride
+            _project(thread, n_threads, step, layer.router, s.ahead, thread, 1, out, s.ahead_scores_stride)
+
+
+@inner
+def _must_stop(step: int, index: int, routing: int) -> bool:
+    """Whether an expert that is used in a layer is not at hand."""
+    s, first = at(step, STEP), at(routing, ROUTING).first
+    if s.every_layer or s.states == 0:
+        return s.every_layer != 0
+    states = view(s.states + index * s.n_expert, s.n_expert, np.uint8(0))
+    for expert in range(s.n_expert):
+        if load_long(first + 8 * expert) < load_long(first + 8 * expert + 8) and states[expert] != READY:
+            return True
+    return False
+
+
+@inner
 def run_layers(thread: int, n_threads: int, barrier: int, step: int) -> None:
-    """All layers, every expert being at hand. step: address of STEP."""
+    """Layers from the first on, up to one that must be stopped at; its routes are chosen. step: address of STEP."""
     s = at(step, STEP)
     n, group = s.n_tokens, at(s.groups + 2 * thread * _GROUP, GROUP)
     n_tiles = (s.d_model + 15) // 16
-    for index in range(s.n_layers):
+    stopped = s.n_layers
+    for index in range(s.first_layer, s.n_layers):
         call(s.attention_half, (thread, n_threads, barrier, step, index))
         layer = at(s.layers + index * _LAYER, LAYER)
         routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
         group.n_experts = 0
         if layer.router:
-            routing = _route(thread, n_threads, barrier, step)
+            routing = _route(thread, n_threads, barrier, step, index)
             r = at(routing, ROUTING)
-            group.matrices, group.n_experts = layer.experts, s.n_expert
+            group.matrices, group.ids, group.n_experts = layer.experts, s.all_experts, s.n_expert
             group.first, group.tokens, group.slots, group.weights = r.first, r.tokens, r.slots, r.weights
+            if s.n_ahead:
+                _look_ahead(thread, n_threads, step, index)
+            if _must_stop(step, index, routing):
+                stopped = index
+                break
         shared = _shared_group(thread, n_threads, step, index, routing, False)
         zero_columns(thread, n_threads, s.output, s.output_stride, n, n_tiles)
-        _run_groups(thread, n_threads, barrier, step, shared, s.output, s.output_stride, 1)
+        _run_groups(thread, n_threads, barrier, step, 3, shared, s.output, s.output_stride, 1)
         add_columns(thread, n_threads, s.x, s.x_stride, s.output, s.output_stride, n, n_tiles, s.residual_scale)
         meet(barrier, n_threads)
-
-
-@inner
-def run_attention(thread: int, n_threads: int, barrier: int, step: int) -> None:
-    """The attention half of step.layer."""
-    s = at(step, STEP)
-    call(s.attention_half, (thread, n_threads, barrier, step, s.layer))
-    if not at(s.layers + s.layer * _LAYER, LAYER).router:
-        meet(barrier, n_threads)
+    if thread == 0:
+        s.stopped = stopped
 
 
 @inner
 def run_experts(thread: int, n_threads: int, barrier: int, step: int) -> None:
-    """A group of experts of step.layer, and the shared one if asked for; outputs are kept apart."""
+    """A group of experts of step.layer, and with the first group of a layer the shared one.
+
+    Outputs of a few tokens (APART at most) are kept apart, for `run_combine`, so groups may come in any order. Those of
+    more are added up at once: groups come in ascending expert id, the shared one runs after all of them.
+    """
     s = at(step, STEP)
-    group = at(s.groups + 2 * thread * _GROUP, GROUP)
-    group.matrices, group.n_experts = s.group_matrices, s.group_size
-    group.first, group.tokens, group.slots = s.first, s.tokens, s.slots
-    shared = s.groups + (2 * thread + 1) * _GROUP
+    n = s.n_tokens
+    routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
+    group, shared = at(s.groups + 2 * thread * _GROUP, GROUP), s.groups + (2 * thread + 1) * _GROUP
+    r = at(routing, ROUTING)
+    group.matrices, group.ids, group.n_experts = (
+        at(s.layers + s.layer * _LAYER, LAYER).experts,
+        s.group_ids,
+        s.group_size,
+    )
+    group.first, group.tokens, group.slots, group.weights = r.first, r.tokens, r.slots, r.weights
     at(shared, GROUP).n_experts = 0
-    if s.with_shared:
-        routing = s.routings + (thread + 1 if s.n_tokens == 1 else 0) * _ROUTING
-        shared = _shared_group(thread, n_threads, step, s.layer, routing, True)
-    _run_groups(thread, n_threads, barrier, step, shared, s.outputs, s.outputs_stride, 0)
+    if n <= APART:
+        if s.is_first:
+            shared = _shared_group(thread, n_threads, step, s.layer, routing, True)
+        _run_groups(thread, n_threads, barrier, step, s.phases, shared, s.outputs, s.outputs_stride, 0)
+    else:
+        if s.is_first:
+            zero_columns(thread, n_threads, s.output, s.output_stride, n, (s.d_model + 15) // 16)
+        _run_groups(thread, n_threads, barrier, step, s.phases, shared, s.output, s.output_stride, 1)
     meet(barrier, n_threads)
 
 
@@ -245,20 +304,28 @@ def run_experts(thread: int, n_threads: int, barrier: int, step: int) -> None:
 def run_combine(thread: int, n_threads: int, barrier: int, step: int) -> None:
     """x += residual_scale * (sum of weights * expert outputs + shared output), experts in ascending id."""
     s = at(step, STEP)
-    layer = at(s.layers + s.layer * _LAYER, LAYER)
-    shares = at(s.routings + (thread + 1 if s.n_tokens == 1 else 0) * _ROUTING, ROUTING).shares
-    chosen = s.top_k if layer.router else 0
-    order = view(s.order, s.n_tokens * chosen, np.int64(0))
-    for t in range(thread, s.n_tokens, n_threads):
+    n, layer = s.n_tokens, at(s.layers + s.layer * _LAYER, LAYER)
+    routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
+    if n > APART:
+        at(s.groups + 2 * thread * _GROUP, GROUP).n_experts = 0
+        shared = _shared_group(thread, n_threads, step, s.layer, routing, False)
+        _run_groups(thread, n_threads, barrier, step, 3, shared, s.output, s.output_stride, 1)
+        n_tiles = (s.d_model + 15) // 16
+        add_columns(thread, n_threads, s.x, s.x_stride, s.output, s.output_stride, n, n_tiles, s.residual_scale)
+        meet(barrier, n_threads)
+        return
+    r = at(routing, ROUTING)
+    order = view(r.order, n * s.top_k, np.int64(0))
+    for t in range(thread, n, n_threads):
         for i in range(0, 4 * s.d_model, 64):
             total = splat(np.float32(0))
-            for place in range(chosen):
-                slot = t * chosen + order[t * chosen + place]
-                weight = splat(load_float(s.weights + 4 * slot))
+            for place in range(s.top_k):
+                slot = t * s.top_k + order[t * s.top_k + place]
+                weight = splat(load_float(r.weights + 4 * slot))
                 total = fma(weight, load_f32(s.outputs + 4 * slot * s.outputs_stride + i), total)
             if layer.shared:
                 output = load_f32(s.outputs + 4 * (s.shared_slot + t) * s.outputs_stride + i)
-                total = fma(splat(load_float(shares + 4 * t)), output, total)
+                total = fma(splat(load_float(r.shares + 4 * t)), output, total)
             to = s.x + 4 * t * s.x_stride + i
             store_f32(to, fma(total, splat(np.float32(s.residual_scale)), load_f32(to)))
     meet(barrier, n_threads)

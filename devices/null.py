@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edgert.devices.base import CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Table
-from edgert.quant.formats import Format
-from edgert.types import Floats, ModelConfig, Routes
+from edgert.devices.base import APART, CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Routed, Table
+from edgert.devices.routing import choose_reference, pairs_reference
+from edgert.quant.formats import Format, PackedPart
+from edgert.types import Floats, Ids, ModelConfig
 
 
 class NullCache:
@@ -23,16 +25,16 @@ class NullCache:
 class NullDevice:
     """Device that computes nothing; router scores come from a seeded generator, logits are zero.
 
-    `calls` counts the calls of each method, `expert_calls` how often each (layer, token, slot) pair was computed.
+    `calls` counts the calls of each method, `expert_bytes` the bytes of the experts that were computed.
     """
 
     name = "null"
 
-    def __init__(self, config: ModelConfig, n_context: int, *, seed: int = 0) -> None:
-        self.config, self.n_context = config, n_context
+    def __init__(self, config: ModelConfig, n_context: int, *, seed: int = 0, chunk: int = CHUNK) -> None:
+        self.config, self.n_context, self.chunk = config, n_context, chunk
         self.calls: Counter[str] = Counter()
         self.expert_bytes = 0
-        self.pairs: list[list[int]] = []  # slots computed since the last attend, group by group
+        self.pairs: list[list[int]] = []  # slots computed in the layer in hand, expert by expert
         self._random = np.random.default_rng(seed)
         self._n_tokens = 0
 
@@ -62,34 +64,69 @@ class NullDevice:
         """A cache that holds nothing."""
         return NullCache(n_context)
 
+    def place_expert(
+        self, table: Table, expert: int, parts: tuple[PackedPart, ...], record: npt.NDArray[np.uint8]
+    ) -> None:
+        """The record's size in bytes."""
+        table[expert] = len(record)
+
     def begin(self, embeddings: Floats) -> None:
         """Note the number of tokens."""
-        assert 0 < len(embeddings) <= CHUNK
-        self._n_tokens = len(embeddings)
+        assert 0 < len(embeddings) <= self.chunk
+        self._n_tokens, self.n_used = len(embeddings), 0
+        self._routed: dict[int, Routed] = {}
 
-    def run_layers(self, tables: Sequence[Table | None], cache: Any, start: int) -> None:
-        """Not here: layer by layer is what this device is for."""
+    def run_layers(
+        self,
+        tables: Sequence[Table | None],
+        states: npt.NDArray[np.uint8] | None,
+        cache: Any,
+        start: int,
+        first: int,
+        *,
+        every_layer: bool = False,
+        n_ahead: int = 0,
+    ) -> int:
+        """Stops at the first layer, with routes of random scores."""
+        self.calls["run_layers"] += 1
+        router = self.config.router
+        if router is None or first == self.config.n_layers:
+            return self.config.n_layers
+        shape = self._n_tokens, router.n_expert
+        routes = choose_reference(self._random.standard_normal(shape, dtype=np.float32), router)
+        self._routed[first] = Routed(routes, *pairs_reference(routes.ids, router.n_expert))
+        self.n_used += len(np.unique(routes.ids))
+        self.pairs, self._tables = [], tables
+        return first
 
-    def attend(self, layer: int, cache: Any, start: int) -> Floats | None:
-        """Random router scores."""
-        self.calls["attend"] += 1
-        self.pairs = []
-        if self.config.router is None:
-            return None
-        return self._random.standard_normal((self._n_tokens, self.config.router.n_expert), dtype=np.float32)
+    def routed(self, layer: int) -> Routed:
+        """The routes of the layer."""
+        return self._routed[layer]
 
-    def experts(self, layer: int, group: ExpertGroup | None, *, with_shared: bool) -> None:
+    def chosen(self, layer: int) -> tuple[Ids, Floats]:
+        """Ids and weights of a layer that the step has run through."""
+        return self._routed[layer].routes.ids, self._routed[layer].routes.weights
+
+    def ahead(self, layer: int) -> list[Floats]:
+        """Nothing is computed."""
+        return []
+
+    def experts(self, layer: int, group: ExpertGroup) -> None:
         """Count the group's bytes and note its pairs."""
         self.calls["experts"] += 1
-        if group is not None:
-            self.expert_bytes += int(np.sum(group.experts))
-            self.pairs.append(group.slots.tolist())
+        if group.phases & 2:
+            table, routed = self._tables[layer], self._routed[layer]
+            assert table is not None
+            self.expert_bytes += int(table[group.ids].sum())
+            for expert in group.ids.tolist():
+                self.pairs.append(routed.slots[routed.first[expert] : routed.first[expert + 1]].tolist())
 
-    def combine(self, layer: int, routes: Routes | None) -> None:
-        """Check that the groups covered every pair once."""
+    def combine(self, layer: int) -> None:
+        """Check that the groups covered every pair once, and beyond APART tokens in ascending id."""
         self.calls["combine"] += 1
-        n_pairs = 0 if routes is None else routes.ids.size
-        assert sorted(slot for group in self.pairs for slot in group) == list(range(n_pairs)), self.pairs
+        slots = [slot for pairs in self.pairs for slot in pairs]
+        assert sorted(slots) == list(range(self._routed[layer].routes.ids.size)), self.pairs
+        assert self._n_tokens <= APART or slots == self._routed[layer].slots.tolist(), "out of order"
 
     def head(self, first_row: int = 0) -> Floats:
         """Zeros."""

@@ -11,14 +11,27 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from edgert.devices.base import CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Table, rope_angles
+from edgert.devices.base import (
+    CHUNK,
+    READY,
+    ExpertGroup,
+    ExpertWeights,
+    LayerWeights,
+    Linear,
+    Routed,
+    Table,
+    rope_angles,
+)
 from edgert.devices.kv_cache import cache_bytes
+from edgert.devices.routing import choose_reference, pairs_reference
 from edgert.errors import OptionError
 from edgert.quant import reference
-from edgert.quant.formats import Format, MatrixSource
+from edgert.quant.formats import Format, MatrixSource, PackedPart
 from edgert.quant.reference import fma, sum_lanes
-from edgert.types import Floats, Ids, ModelConfig, Routes
+from edgert.quant.unpacking import PackedMatrix
+from edgert.types import Floats, Ids, ModelConfig
 
 BLOCK = 64  # positions whose scores share one maximum; attention.BLOCK is the same number
 
@@ -72,13 +85,15 @@ class ReferenceDevice:
         threads: int | None = None,
         activations: str = "int8",
         rope_divisors: Floats | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations={activations!r} is not known; use int8 or f32")
-        self.config, self.n_context = config, n_context
+        self.config, self.n_context, self.chunk = config, n_context, chunk
         self._int8 = activations == "int8"
         self._angles = rope_angles(config, n_context, rope_divisors)
         self._layers: list[LayerWeights] = []
+        self._outputs: Floats | None = None  # (n_tokens * top_k, d_model) of the layer in hand, once an expert ran
 
     @staticmethod
     def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
@@ -117,16 +132,75 @@ class ReferenceDevice:
         """A key/value cache for `n_context` positions."""
         return ReferenceCache(self.config, n_context, kv_type)
 
+    def place_expert(
+        self, table: Table, expert: int, parts: tuple[PackedPart, ...], record: npt.NDArray[np.uint8]
+    ) -> None:
+        """Make an expert of a table the packed record in a buffer, unpacked when it is used."""
+        table[expert] = ExpertWeights(*(PackedMatrix(part, record) for part in parts))
+
     # ---- the step ----------------------------------------------------------------------------------------------------
     def begin(self, embeddings: Floats) -> None:
         """Make `embeddings` (n_tokens, d_model) the residual stream."""
-        assert 0 < len(embeddings) <= CHUNK
+        assert 0 < len(embeddings) <= self.chunk
         self._x = embeddings.copy()
+        self._chosen: dict[int, tuple[Ids, Floats]] = {}
+        self.n_used = 0
 
-    def run_layers(self, tables: Sequence[Table | None], cache: Any, start: int) -> None:
-        """Not here: layer by layer is what this device is for."""
+    def run_layers(
+        self,
+        tables: Sequence[Table | None],
+        states: npt.NDArray[np.uint8] | None,
+        cache: ReferenceCache,
+        start: int,
+        first: int,
+        *,
+        every_layer: bool = False,
+        n_ahead: int = 0,
+    ) -> int:
+        """Layers from `first` on, up to one that lacks an expert; see devices.base.Device."""
+        for layer in range(first, self.config.n_layers):
+            scores, self._outputs = self._attend(layer, cache, start), None
+            if scores is None:
+                self.combine(layer)
+                continue
+            routed = self.routed(layer, scores)
+            table, used = tables[layer], np.flatnonzero(routed.first[1:] > routed.first[:-1])
+            assert table is not None
+            self.n_used += len(used)
+            self._ahead = [s for i in range(1, n_ahead + 1) if (s := self._scores(layer + i)) is not None]
+            self._table = table
+            if every_layer or (states is not None and (states[used + layer * len(table)] != READY).any()):
+                return layer
+            self.experts(layer, ExpertGroup(used))
+            self.combine(layer)
+        return self.config.n_layers
 
-    def attend(self, layer: int, cache: ReferenceCache, start: int) -> Floats | None:
+    def routed(self, layer: int, scores: Floats | None = None) -> Routed:
+        """The routes of the layer that run_layers stopped at, or of new scores (n_tokens, n_expert)."""
+        if scores is not None:
+            assert self.config.router is not None
+            routes = choose_reference(scores, self.config.router)
+            self._chosen[layer] = routes.ids, routes.weights
+            self._routed = Routed(routes, *pairs_reference(routes.ids, scores.shape[1]))
+        return self._routed
+
+    def chosen(self, layer: int) -> tuple[Ids, Floats]:
+        """Ids and weights of a layer that the step has run through."""
+        return self._chosen[layer]
+
+    def ahead(self, layer: int) -> list[Floats]:
+        """What the routers of the next layers make of this layer's state."""
+        return self._ahead
+
+    def _scores(self, layer: int) -> Floats | None:
+        """What a layer's router makes of the last token's present state, (n_expert,)."""
+        weights = self._layers[layer] if layer < self.config.n_layers else None
+        if weights is None or weights.router is None:
+            return None
+        normed = reference.rms_norm(self._x[-1:], weights.feed_forward_norm, self.config.eps)
+        return self._matmul(weights.router, normed)[0]
+
+    def _attend(self, layer: int, cache: ReferenceCache, start: int) -> Floats | None:
         """Attention half of a layer: router scores (n_tokens, n_expert), or None if it is dense."""
         weights, c, n = self._layers[layer], self.config, len(self._x)
         normed = reference.rms_norm(self._x, weights.attention_norm, c.eps)  # (n_tokens, d_model)
@@ -140,31 +214,33 @@ class ReferenceDevice:
         self._normed = reference.rms_norm(self._x, weights.feed_forward_norm, c.eps)
         return None if weights.router is None else self._matmul(weights.router, self._normed)
 
-    def experts(self, layer: int, group: ExpertGroup | None, *, with_shared: bool) -> None:
-        """Run a group of experts, and the shared expert along with them if asked to."""
-        shared = self._layers[layer].shared
-        if with_shared:
-            self._shared = None if shared is None else self._expert(shared, self._normed)
-            top_k = self.config.router.top_k if self.config.router else 0
-            self._outputs = np.zeros((len(self._x) * top_k, self.config.d_model), np.float32)
-        if group is not None:
-            for e, expert in enumerate(group.experts):
-                pairs = slice(group.first[e], group.first[e + 1])
-                self._outputs[group.slots[pairs]] = self._expert(expert, self._normed[group.tokens[pairs]])
+    def experts(self, layer: int, group: ExpertGroup) -> None:
+        """Run a group of experts; what its first phase makes is kept until the second."""
+        assert self.config.router is not None
+        if self._outputs is None:
+            self._outputs = np.zeros((len(self._x) * self.config.router.top_k, self.config.d_model), np.float32)
+            self._hidden: dict[int, Floats] = {}
+        for i in group.ids.tolist():
+            expert, pairs = self._table[i], slice(self._routed.first[i], self._routed.first[i + 1])
+            if group.phases & 1:
+                self._hidden[i] = self._gate_and_up(expert, self._normed[self._routed.tokens[pairs]])
+            if group.phases & 2:
+                self._outputs[self._routed.slots[pairs]] = self._matmul(expert.down, self._hidden.pop(i))
 
-    def combine(self, layer: int, routes: Routes | None) -> None:
+    def combine(self, layer: int) -> None:
         """Add the weighted expert outputs, in ascending expert id, and the shared one to the residual stream."""
-        total = np.zeros_like(self._x)
-        if routes is not None:
+        total, weights = np.zeros_like(self._x), self._layers[layer]
+        if self._outputs is not None:
+            routes = self._routed.routes
             outputs = self._outputs.reshape(*routes.ids.shape, -1)  # (n_tokens, top_k, d_model)
             for k in range(routes.ids.shape[1]):
                 slot = routes.order[:, k, None]
                 weight = np.take_along_axis(routes.weights, slot, axis=1)
                 total = fma(weight, np.take_along_axis(outputs, slot[:, :, None], axis=1)[:, 0], total)
-        if self._shared is not None:
-            gate = self._layers[layer].shared_gate
+        if weights.shared is not None:
+            gate = weights.shared_gate
             share = np.ones((1, 1), np.float32) if gate is None else reference.sigmoid(self._matmul(gate, self._normed))
-            total = fma(share, self._shared, total)
+            total = fma(share, self._expert(weights.shared, self._normed), total)
         self._x = fma(total, np.float32(self.config.residual_scale), self._x)
 
     def head(self, first_row: int = 0) -> Floats:
@@ -185,10 +261,11 @@ class ReferenceDevice:
         return product if linear.bias is None else product + linear.bias
 
     def _expert(self, expert: ExpertWeights, x: Floats) -> Floats:
-        hidden = reference.activate(
-            self._matmul(expert.gate, x), self._matmul(expert.up, x), self.config.activation
-        )  # (n_tokens, d_ff)
-        return self._matmul(expert.down, hidden)  # (n_tokens, d_model)
+        return self._matmul(expert.down, self._gate_and_up(expert, x))  # (n_tokens, d_model)
+
+    def _gate_and_up(self, expert: ExpertWeights, x: Floats) -> Floats:
+        """(n_tokens, d_ff)."""
+        return reference.activate(self._matmul(expert.gate, x), self._matmul(expert.up, x), self.config.activation)
 
 
 def _whole(linear: Linear) -> Linear:

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from edgert.quant import reference
 from edgert.quant.functions import exp, sigmoid
 from edgert.quant.jit import inner, kernel
 from edgert.quant.simd import first_lane, splat
+from edgert.types import Floats, Ids, RouterConfig, Routes
 
 SMALLEST_SUM = np.float32(6.103515625e-5)  # normalisation divides by no less (the smallest normal half float)
 
@@ -64,22 +66,6 @@ def choose_row(
 
 
 @kernel
-def choose(
-    scores: Any,
-    softmax: bool,
-    normalise: bool,
-    scale: float,
-    probabilities: Any,
-    ids: Any,
-    weights: Any,
-    order: Any,
-) -> None:
-    """Choose for each token: scores (n_tokens, n_expert or more) to ids, weights and order (n_tokens, top_k)."""
-    for t in range(len(ids)):
-        choose_row(scores[t], softmax, normalise, scale, probabilities, ids[t], weights[t], order[t])
-
-
-@kernel
 def sort_pairs(ids: Any, first: Any, tokens: Any, slots: Any) -> None:
     """List the pairs of ids (n_tokens, top_k) by expert, tokens ascending.
 
@@ -102,3 +88,26 @@ def sort_pairs(ids: Any, first: Any, tokens: Any, slots: Any) -> None:
     for e in range(n_expert, 0, -1):
         first[e] = first[e - 1]
     first[0] = 0
+
+
+# ---- the same in NumPy -----------------------------------------------------------------------------------------------
+def choose_reference(scores: Floats, config: RouterConfig) -> Routes:
+    """The routes of tokens with these scores (n_tokens, n_expert)."""
+    if config.gating == "softmax":
+        shares = reference.exp(scores - scores.max(axis=1, keepdims=True))
+        shares /= np.add.accumulate(shares, axis=1, dtype=np.float32)[:, -1:]
+    else:
+        shares = reference.sigmoid(scores)
+    ids = np.argsort(-shares, axis=1, kind="stable")[:, : config.top_k]
+    weights = np.take_along_axis(shares, ids, axis=1)
+    if config.normalise:
+        weights /= np.maximum(np.add.accumulate(weights, axis=1, dtype=np.float32)[:, -1:], SMALLEST_SUM)
+    weights *= np.float32(config.scale)
+    return Routes(ids, weights, np.argsort(ids, axis=1))
+
+
+def pairs_reference(ids: Ids, n_expert: int) -> tuple[Ids, Ids, Ids]:
+    """first (n_expert + 1,), tokens and slots (n_tokens * top_k,): the pairs of ids (n_tokens, top_k) by expert."""
+    slots = np.argsort(ids.reshape(-1), kind="stable")
+    first = np.searchsorted(ids.reshape(-1)[slots], np.arange(n_expert + 1))
+    return first, slots // ids.shape[1], slots

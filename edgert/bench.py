@@ -1,7 +1,8 @@
 """How fast a model runs here: prompts and generation of random token ids, against what the machine could do at most.
 
 The tests are those of llama-bench: pp512 is a prompt of 512 tokens and the logits of its last, tg64 are 64 tokens one
-after the other with the logits of each, "@ d4096" after 4096 tokens that are not timed. Nothing is sampled.
+after the other with the logits of each, "@ d4096" after 4096 tokens that are not timed; nothing is sampled. Beside them
+text64, 64 tokens of what the model says: where experts are streamed, real routing makes the difference.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 
-from edgert import machine
-from edgert.devices.base import Device
-from edgert.devices.kv_cache import cache_bytes
+from edgert import file_pages, machine
+from edgert.bench_experts import Routed, Streaming, flash_rate_of
+from edgert.bench_runner import SEED, Run, Runner, Test
 from edgert.errors import OptionError
+from edgert.experts.streamed import Streamed
 from edgert.loading import Parts
 from edgert.memory import available
+from edgert.needs import record_bytes
 from edgert.quant import isa, jit
-from edgert.traffic import ModelTraffic, Traffic
+from edgert.traffic import Traffic
 from edgert.weights import Progress
 
 if TYPE_CHECKING:
@@ -33,46 +34,26 @@ if TYPE_CHECKING:
     from edgert.devices.threads import ThreadPool
 
 SCHEMA = 1  # of the JSON document; it grows when the meaning of a key changes
-_SEED = 1
-_SPLIT_TOKENS = 32  # generated once more to see where the time goes
-_MANY_POSITIONS = 4096  # of a cache that wastes nothing on a block half filled
-_NAMES: dict[str, str] = {"prompt": "pp", "generate": "tg"}
-
-
-@dataclass(frozen=True)
-class Test:
-    """What is timed: a prompt of n_tokens, or n_tokens generated, after `depth` tokens."""
-
-    kind: Literal["prompt", "generate"]
-    n_tokens: int
-    depth: int = 0
-
-    @property
-    def name(self) -> str:
-        """As llama-bench calls it."""
-        return f"{_NAMES[self.kind]}{self.n_tokens}" + (f" @ d{self.depth}" if self.depth else "")
-
-
+WARM = 32  # tokens that a steady run begins with, untimed: they fill the expert buffer
+_COMPILING_BYTES = 40 << 20  # what compiling the loops that measure a machine takes, page cache included
 DEFAULT = (Test("prompt", 512), Test("prompt", 128), Test("generate", 64))
 
 
-def tests_of(prompt: Iterable[int], generate: Iterable[int], depth: Iterable[int]) -> list[Test]:
-    """All prompts and all generations at each depth. OptionError for a size that is none."""
+def tests_of(
+    prompt: Iterable[int], generate: Iterable[int], depth: Iterable[int], text: Iterable[int] = ()
+) -> list[Test]:
+    """All prompts and all generations at each depth, and all texts. OptionError for a size that is none."""
     prompts, generations = list(prompt), list(generate)
     found = []
     for at in depth:
         found += [Test("prompt", n, at) for n in prompts] + [Test("generate", n, at) for n in generations]
+    found += [Test("text", n) for n in text]
     for test in found:
         if test.n_tokens < 1 or test.depth < 0:
             raise OptionError(f"{test.kind}={test.n_tokens} at depth={test.depth}: use at least 1 token and depth 0")
     if not found:
         raise OptionError("there is nothing to measure: give sizes of prompts, or numbers of tokens to generate")
     return found
-
-
-def context_for(tests: Iterable[Test]) -> int:
-    """The shortest context that holds every test."""
-    return max(test.depth + test.n_tokens for test in tests)
 
 
 @dataclass(frozen=True)
@@ -84,6 +65,8 @@ class Result:
     traffic: Traffic
     phases_s: dict[str, float]  # a token, from one more run that went layer by layer
     reads: tuple[float, ...] = ()  # bytes a second that the machine read, before each run
+    experts: Streaming | None = None  # where experts are on flash
+    routed: Routed | None = None  # where that was asked for
 
     @property
     def seconds(self) -> float:
@@ -117,8 +100,14 @@ class Result:
             "int8_share": _share(compute, ceiling.int8_operations_per_s if ceiling else ()),
             "float_gop_per_s": traffic.float_operations / self.seconds / 1e9,
             "phases_s_per_token": self.phases_s,
+            "experts": self._experts(),
             "runs_s": list(self.runs_s),
         }
+
+    def _experts(self) -> dict[str, Any] | None:
+        if self.experts is None:
+            return None
+        return self.experts.as_json(decoding=self.test.kind != "prompt")
 
 
 def _share(rate: float, ceilings: Sequence[float]) -> float | None:
@@ -156,131 +145,23 @@ def ceiling_json(ceiling: Ceiling) -> dict[str, Any]:
     }
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
-Check = Callable[[], None]  # called between steps, also while time is taken: quick, and it may raise
-
-
-def traffic_of(parts: Parts) -> ModelTraffic:
-    """The sizes of a loaded model's parts."""
-    cache = cache_bytes(parts.engine.config, _MANY_POSITIONS, parts.memory.kv_type)
-    return ModelTraffic.of(parts.weights, cache / _MANY_POSITIONS)
-
-
-class Runner:
-    """Runs tests on a loaded model. What the cache holds for a depth serves every test at that depth."""
-
-    def __init__(self, parts: Parts, check: Check = lambda: None) -> None:
-        self._engine, self._session, self._check = parts.engine, parts.session, check
-        self._traffic = traffic_of(parts)
-        self._numbers = np.random.default_rng(_SEED)
-        self._session.tokens.clear()
-
-    def prepare(self, test: Test) -> None:
-        """Fill the cache to the test's depth and run the test's kernels once, untimed."""
-        tokens = self._session.tokens
-        del tokens[test.depth :]
-        for _ in self._engine.prefill(self._random(test.depth - len(tokens)), self._session):
-            self._check()
-        self.run(test if test.kind == "prompt" else Test("generate", 1, test.depth))
-
-    def run(self, test: Test) -> tuple[float, Traffic]:
-        """Seconds of one run, and what it had to move and to compute; prepare() went before."""
-        tokens, ids = self._session.tokens, self._random(test.n_tokens)
-        assert len(tokens) == test.depth, (len(tokens), test.depth)
-        used = self._n_used()
-        started = time.perf_counter()
-        n_rows = self._prompt(ids) if test.kind == "prompt" else self._generate(ids)
-        seconds = time.perf_counter() - started
-        n_experts, traffic, start = self._n_used() - used, Traffic(), test.depth
-        for n in n_rows:
-            last = test.kind == "generate" or start + n == len(tokens)
-            traffic += self._traffic.step(n, start, n_experts, with_head=last)
-            n_experts, start = 0, start + n  # they were counted over the run as a whole
-        del tokens[test.depth :]
-        return seconds, traffic
-
-    def _prompt(self, ids: list[int]) -> list[int]:
-        n_rows = []
-        for n in self._engine.prefill(ids, self._session):
-            n_rows.append(n)
-            self._check()
-        self._engine.last_logits(n_rows[-1])
-        return n_rows
-
-    def _generate(self, ids: list[int]) -> list[int]:
-        for token in ids:
-            self._engine.step([token], self._session)
-            self._engine.last_logits(1)
-            self._check()
-        return [1] * len(ids)
-
-    def _n_used(self) -> int:
-        """Experts that steps have used so far, each counted once a layer and chunk."""
-        return self._engine.residency.hits + self._engine.residency.misses
-
-    def _random(self, count: int) -> list[int]:
-        return [int(token) for token in self._numbers.integers(self._engine.config.n_vocab, size=count)]
-
-    def phases(self, test: Test) -> dict[str, float]:
-        """Seconds a token by phase: the device's calls by their names, the embedding, and the rest (routing, Python).
-
-        The layers run one by one for it, which costs a small model some speed. prepare() went before.
-        """
-        engine, clock = self._engine, _Clock()
-        n_tokens = test.n_tokens if test.kind == "prompt" else min(test.n_tokens, _SPLIT_TOKENS)
-        kept = engine.device, engine.embed
-        engine.device = cast(Device, _TimedDevice(engine.device, clock))
-        engine.embed = clock.timed("embed", engine.embed)
-        try:
-            self.run(Test(test.kind, min(n_tokens, 2), test.depth))  # layer by layer may have to be compiled
-            clock.seconds.clear()
-            seconds, _ = self.run(Test(test.kind, n_tokens, test.depth))
-        finally:
-            engine.device, engine.embed = kept
-        clock.seconds["other"] = seconds - sum(clock.seconds.values())
-        return {phase: taken / n_tokens for phase, taken in clock.seconds.items()}
-
-
-class _Clock:
-    """Adds up seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its seconds counted under `name`."""
-
-        def run(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                self.seconds[name] += time.perf_counter() - started
-
-        return run
-
-
-class _TimedDevice:
-    """A device whose calls are timed by their names, and which does not run all layers at once."""
-
-    def __init__(self, device: Device, clock: _Clock) -> None:
-        self._device, self._clock = device, clock
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._device, name)
-        return self._clock.timed(name, found) if callable(found) else found
-
-    def run_layers(self, *_: object) -> None:
-        """Not at once: each half of each layer is timed."""
-
-
 # ---- all of it -------------------------------------------------------------------------------------------------------
-def measure(parts: Parts, tests: Sequence[Test], repetitions: int, limit: int | None, progress: Progress) -> Report:
+def measure(
+    parts: Parts,
+    tests: Sequence[Test],
+    repetitions: int,
+    limit: int | None,
+    progress: Progress,
+    *,
+    steady: bool = False,
+) -> Report:
     """Run every test `repetitions` times, and between them the loops that show what the machine can do.
 
-    limit: bytes that the process may use. progress: called between steps too, with an unchanged stage.
+    limit: bytes that the process may use. progress: called between steps too, with an unchanged stage. steady: begin
+    with a full expert buffer, keep the routes, and measure neither phases nor the machine's memory.
     """
-    _check(tests, repetitions, parts)
+    warm = WARM if steady else 1
+    _check(tests, repetitions, warm, parts)
     stage, done = "", 0.0
 
     def tell(now: str, fraction: float) -> None:
@@ -288,23 +169,37 @@ def measure(parts: Parts, tests: Sequence[Test], repetitions: int, limit: int | 
         stage, done = now, fraction
         progress(now, fraction)
 
-    runner = Runner(parts, lambda: progress(stage, done))
-    ceiling = _ceiling(parts, limit, 0.0, tell)
+    runner = Runner(parts, lambda: progress(stage, done), warm=warm, keep_routes=steady)
+    ceiling = None if steady else _ceiling(parts, limit, 0.0, tell)
     reader = _reader(parts, ceiling)
+    flash = flash_rate_of(parts.engine.residency)
     results = []
     for index, test in enumerate(tests):
         at = index / len(tests)
         tell(f"{test.name}: warming up", at)
         runner.prepare(test)
-        runs, reads = [], []
+        runs, reads, rates = [], [], []
         for repetition in range(repetitions):
             tell(f"{test.name}: {repetition + 1} of {repetitions}", at + repetition / repetitions / len(tests))
             if reader is not None:
                 reads.append(max(reader.passes(2)))
+            if flash is not None:
+                rates.append(flash.measure())
             runs.append(runner.run(test))
+        if flash is not None:
+            rates.append(flash.measure())
         tell(f"{test.name}: phases", at)
-        seconds, traffics = zip(*runs, strict=True)
-        results.append(Result(test, seconds, traffics[-1], runner.phases(test), tuple(reads)))
+        results.append(
+            Result(
+                test,
+                tuple(run.seconds for run in runs),
+                runs[-1].traffic,
+                {} if steady or test.kind == "text" else runner.phases(test),
+                tuple(reads),
+                _streaming(parts, test, runs, rates),
+                _routed(parts, runner),
+            )
+        )
     del reader
     if ceiling is not None and (again := _ceiling(parts, limit, 1.0, tell)) is not None:
         ceiling += again
@@ -312,16 +207,44 @@ def measure(parts: Parts, tests: Sequence[Test], repetitions: int, limit: int | 
     return Report(tuple(results), ceiling, _subject(parts, repetitions))
 
 
-def _check(tests: Sequence[Test], repetitions: int, parts: Parts) -> None:
+def _streaming(parts: Parts, test: Test, runs: Sequence[Run], flash: Sequence[float]) -> Streaming | None:
+    """What the runs of a test did with experts that are on flash; None if none is."""
+    residency = parts.engine.residency
+    if not isinstance(residency, Streamed):
+        return None
+    ahead = residency.prefetcher
+    return Streaming(
+        runs=tuple((run.counts, run.seconds) for run in runs),
+        run_tokens=test.n_tokens,
+        flash=tuple(flash),
+        working_set=parts.memory.working_set,
+        buffer_bytes=residency.slot_bytes,
+        residency=residency.slot_bytes / parts.memory.all_experts,
+        policy=residency.policy.name,
+        prefetch="off" if ahead is None else ahead.controller.reason,
+    )
+
+
+def _routed(parts: Parts, runner: Runner) -> Routed | None:
+    """The routes of all that was generated since the test was prepared, if they were kept."""
+    if not runner.routes:
+        return None
+    return Routed(np.stack(runner.routes, axis=1), runner.n_warm, record_bytes(parts.weights))
+
+
+def _check(tests: Sequence[Test], repetitions: int, warm: int, parts: Parts) -> None:
     """OptionError for what cannot be measured."""
     if repetitions < 1:
         raise OptionError(f"repetitions={repetitions} must be at least 1")
     if not tests:
         raise OptionError("there is nothing to measure: give at least one test")
-    longest, n_context = max(tests, key=lambda test: test.depth + test.n_tokens), parts.session.cache.n_context
-    if longest.depth + longest.n_tokens > n_context:
-        needed = f"{longest.name} needs a context of {longest.depth + longest.n_tokens}"
-        raise OptionError(f"{needed}, the model was loaded with {n_context}; use a larger context or a smaller test")
+    longest = max(tests, key=lambda test: test.context(repetitions, warm))
+    needed, n_context = longest.context(repetitions, warm), parts.session.cache.n_context
+    if needed > n_context:
+        raise OptionError(
+            f"{longest.name} needs a context of {needed}, the model was loaded with {n_context}; use a larger context "
+            "or a smaller test"
+        )
 
 
 def _pool(parts: Parts) -> ThreadPool | None:
@@ -340,11 +263,18 @@ def _ceiling(parts: Parts, limit: int | None, fraction: float, progress: Progres
         return None
     from edgert.devices import roofline
 
+    free = available() - psutil.Process().memory_info().rss
+    if limit is not None:  # what the plan leaves, of which not all is in use yet
+        free = min(free, limit - parts.memory.total)
+        if free < _COMPILING_BYTES:
+            return None
     progress("compiling the loops that measure this machine", fraction)
     roofline.compile_all(pool)
     progress("measuring this machine", fraction)
-    free = available() if limit is None else min(available(), limit)
-    return roofline.measure(pool, roofline.memory_for(free - psutil.Process().memory_info().rss))
+    if limit is not None:
+        file_pages.release(dropping=True)
+        free -= _COMPILING_BYTES
+    return roofline.measure(pool, roofline.memory_for(free))
 
 
 def _reader(parts: Parts, ceiling: Ceiling | None) -> Reader | None:
@@ -380,7 +310,7 @@ def _subject(parts: Parts, repetitions: int) -> dict[str, Any]:
             "context": parts.session.cache.n_context,
             "kv_type": parts.memory.kv_type,
             "repetitions": repetitions,
-            "seed": _SEED,
+            "seed": SEED,
         },
         "versions": {
             "python": platform.python_version(),

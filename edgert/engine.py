@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from edgert.devices.base import CHUNK, Cache, Device
+from edgert.devices.base import AHEAD, Cache, Device
 from edgert.errors import ContextLengthError, OptionError
 from edgert.experts.residency import Residency
-from edgert.experts.routing import Router
-from edgert.types import Floats, ModelConfig, Routes
+from edgert.types import Floats, ModelConfig
 
-Trace = Callable[[int, Routes], None]  # called with the layer and its routes
+Trace = Callable[[Device], None]  # called after each step: the device still knows what each layer chose
 
 
 class Session:
@@ -51,44 +50,42 @@ class Engine:
         self, config: ModelConfig, device: Device, residency: Residency, embed: Callable[[list[int]], Floats]
     ) -> None:
         self.config, self.device, self.residency, self.embed = config, device, residency, embed
-        self.router = Router(config.router) if config.router else None
         self.trace: Trace | None = None
+        self.every_layer = False  # run the experts of each layer in calls of their own, to measure or to test
 
     def step(self, tokens: list[int], session: Session) -> None:
         """Run a chunk of tokens through all layers; their keys and values join the session's."""
-        start = len(session.tokens)
+        start, layer, n_layers = len(session.tokens), 0, self.config.n_layers
+        self.residency.begin(len(tokens))
         self.device.begin(self.embed(tokens))  # (n_tokens, d_model)
-        if not self._all_layers_at_once(session, start):
-            for layer in range(self.config.n_layers):
-                scores = self.device.attend(layer, session.cache, start)  # (n_tokens, n_expert)
-                self._feed_forward(layer, scores)
+        while (layer := self._run_layers(session, start, layer)) < n_layers:
+            for group in self.residency.acquire(layer, self.device.routed(layer)):  # as experts are there
+                self.device.experts(layer, group)
+            self.device.combine(layer)  # ascending expert id
+            layer += 1
+        self.residency.finish()
+        if self.trace:
+            self.trace(self.device)
         session.tokens += tokens
 
-    def _all_layers_at_once(self, session: Session, start: int) -> bool:
-        """Run all layers in one call of the device, if it can, no expert is away and nobody watches the routes."""
-        tables = self.residency.tables
-        used = None if tables is None or self.trace else self.device.run_layers(tables, session.cache, start)
-        self.residency.hits += used or 0
-        return used is not None
+    def _run_layers(self, session: Session, start: int, first: int) -> int:
+        """Run layers up to one whose experts are not all in RAM: its number."""
+        residency = self.residency
+        return self.device.run_layers(
+            residency.tables,
+            residency.states,
+            session.cache,
+            start,
+            first,
+            every_layer=self.every_layer or residency.every_layer,
+            n_ahead=AHEAD if self.trace else residency.n_ahead,
+        )
 
-    def _feed_forward(self, layer: int, scores: Floats | None) -> None:
-        if scores is None or self.router is None:
-            self.device.experts(layer, None, with_shared=True)
-            self.device.combine(layer, None)
-            return
-        routes = self.router.choose(scores)  # ids, weights: (n_tokens, top_k)
-        if self.trace:
-            self.trace(layer, routes)
-        with_shared = True
-        for group in self.residency.acquire(layer, routes):  # as experts are there
-            self.device.experts(layer, group, with_shared=with_shared)
-            with_shared = False
-        self.device.combine(layer, routes)  # ascending expert id
-
-    def prefill(self, tokens: Sequence[int], session: Session, *, chunk: int = CHUNK) -> Iterator[int]:
+    def prefill(self, tokens: Sequence[int], session: Session, *, chunk: int | None = None) -> Iterator[int]:
         """Run a prompt in chunks; yields the number of tokens of each, so that a caller can stop in between."""
-        if not 1 <= chunk <= CHUNK:
-            raise OptionError(f"chunk={chunk} must lie between 1 and {CHUNK}")
+        chunk = self.device.chunk if chunk is None else chunk
+        if not 1 <= chunk <= self.device.chunk:
+            raise OptionError(f"chunk={chunk} must lie between 1 and {self.device.chunk}")
         if len(tokens) > session.room:
             raise ContextLengthError(
                 f"{len(session.tokens) + len(tokens)} tokens do not fit the context of {session.cache.n_context}; "

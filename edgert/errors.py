@@ -3,6 +3,7 @@
     EdgertError                 catch this one to catch them all
     ├── ModelFileError          a model file is absent, unreadable, truncated, corrupt or lies about itself
     ├── UnsupportedError        the file is sound, but asks for something that edgert does not do
+    ├── StorageError            what is to be kept cannot be written: the disk is full, the folder is read-only
     ├── TokenizerError          the vocabulary cannot be built, or a text or id does not fit it
     ├── TemplateError           a chat template failed, refused the messages or took too much
     ├── MemoryLimitError        the model does not fit the budget, or the machine
@@ -26,6 +27,10 @@ class ModelFileError(EdgertError):
 
 class UnsupportedError(EdgertError):
     """The file is sound, but asks for something that edgert does not do."""
+
+
+class StorageError(EdgertError):
+    """What is to be kept cannot be written: the disk is full, the folder is read-only."""
 
 
 class TokenizerError(EdgertError):

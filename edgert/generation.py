@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgert.errors import OptionError
 from edgert.sampling import log_softmax, top_logprobs
+from edgert.types import ExpertCounts
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
@@ -50,7 +51,7 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Usage:
+class Usage(ExpertCounts):
     """What an answer took. The maker of tokens fills prompt, cache, expert and byte counts as it goes."""
 
     prompt_tokens: int = 0  # all of the prompt
@@ -58,14 +59,18 @@ class Usage:
     generated_tokens: int = 0  # made by the model, a stop token included
     ttft_s: float = 0.0  # from the request to the first token
     tpot_s: float = 0.0  # mean of the tokens after the first, without the time the reader took
-    expert_hits: int = 0
-    expert_misses: int = 0
-    bytes_read: int = 0  # from storage
+    prefetch: str = ""  # whether experts are read ahead by now, and why; empty where nothing could be
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens a second after the first one; 0 before there are two."""
         return 1 / self.tpot_s if self.tpot_s > 0 else 0.0
+
+    @property
+    def flash_wait_share(self) -> float:
+        """Share of the time to the last token in which the arithmetic waited for experts from flash."""
+        seconds = self.ttft_s + self.tpot_s * max(0, self.generated_tokens - 1)
+        return min(1.0, self.flash_wait_s / seconds) if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 import os
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
+from edgert import file_pages, streaming
 from edgert.architectures import read_config
 from edgert.chat_template import ChatTemplate
-from edgert.devices.kv_cache import cache_bytes, check_kv_type
+from edgert.devices.base import Device
 from edgert.engine import Engine, Session
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
-from edgert.experts.residency import AllResident
-from edgert.memory import COMPILING_BYTES, PROCESS_BYTES, TOKEN_BYTES, MemoryPlan, available, parse_size
-from edgert.quant import jit
+from edgert.experts.prefetch_control import Mode
+from edgert.experts.residency import AllResident, Residency
+from edgert.memory import Budget, MemoryPlan, Needs, available, budget_for, parse_share, plan_memory
+from edgert.needs import needs
+from edgert.pack import open_source
+from edgert.quant import checksum, jit, packing
+from edgert.quant.formats import TILE_ROWS
 from edgert.quant.records import address_of
 from edgert.sampling import Sampling
+from edgert.storage.bundle import Bundle, is_bundle
 from edgert.storage.gguf_file import GgufFile
+from edgert.storage.tensor_file import TensorFile
 from edgert.tokenizer import Tokenizer
 from edgert.types import ModelConfig
 from edgert.weights import Progress, Weights
@@ -48,7 +56,7 @@ class Parts:
         self,
         name: str,
         path: Path,
-        file: GgufFile,
+        file: TensorFile | Bundle,
         engine: Engine,
         session: Session,
         tokenizer: Tokenizer,
@@ -87,7 +95,11 @@ def resolve(path_or_name: str | Path | None) -> Path:
 def load_parts(
     path_or_name: str | Path | None,
     *,
-    memory: str | int | None,
+    memory: str | int | float | None,
+    residency: str | float | None,
+    policy: str,
+    prefetch: Mode,
+    trace: str | Path | None,
     context: int | None,
     threads: int | None,
     device: str,
@@ -97,42 +109,91 @@ def load_parts(
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
     path, make_device = resolve(path_or_name), _device(device)
-    limit = None if memory is None else parse_size(memory)
+    streaming.check_options(policy, prefetch)
+    share = None if residency is None else parse_share(residency)
+    budget = budget_for(memory)
     progress("reading the header", 0.0)
     with ExitStack() as held, _memory_errors(path):
-        file = held.enter_context(GgufFile.open(path))
-        config = read_config(file.metadata, str(path))
-        n_context = _context(context, config)
-        weights = Weights(file, config, decode_to_f32=activations == "f32")
-        needed = plan(weights, n_context, kv_type, threads, activations)
-        needed.require(limit, path.name)
+        options = (context, kv_type, threads, activations)
+        file, weights, needed = _open(path, options, held, budget)
+        plan = plan_memory(needed, budget, residency=share)
+        if plan.slots and not isinstance(file, Bundle):  # experts are read from a bundle only
+            from edgert.cache import cached_bundle
+
+            held.close()
+            file, weights, needed = _open(cached_bundle(path, progress), options, held, budget)
+            plan = plan_memory(needed, budget, residency=share)
+        file_pages.release(dropping=budget.strict, compiling=True)  # what the imports read ahead
+        config = weights.config
         made = make_device(
-            config, n_context, threads=threads, activations=activations, rope_divisors=weights.rope_divisors()
+            config,
+            needed.context,
+            threads=threads,
+            activations=activations,
+            rope_divisors=weights.rope_divisors(),
+            chunk=plan.chunk,
         )
         held.callback(made.close)
-        _compile(made.kernels(weights.formats(), kv_type, activations), progress)
-        session = Session(made.new_cache(n_context, kv_type))
+        _compile(_kernels(made, weights, kv_type, activations), progress)
+        if not isinstance(file, Bundle):
+            _pack_nothing(weights, file)
+        file_pages.release(dropping=budget.strict)  # after the compiler
+        session = Session(made.new_cache(needed.context, kv_type))
         progress("building the tokenizer", 0.0)
-        tokenizer, template = _words(file)
-        engine = Engine(config, made, AllResident(weights.load_into(made, progress)), weights.embed)
+        tokenizer, template = words(file)
+        experts: Residency
+        if plan.slots:
+            assert isinstance(file, Bundle)
+            experts = streaming.open_residency(file, config, made, plan, budget, held, policy=policy, prefetch=prefetch)
+            weights.load_into(made, progress, experts=False)
+        else:
+            experts = AllResident(made, weights.load_into(made, progress))
+        engine = Engine(config, made, experts, weights.embed)
+        if trace is not None:
+            streaming.record_routes(engine, weights, Path(trace), held)
+        file_pages.release(dropping=budget.strict)
         progress("ready", 1.0)
-        defaults = _defaults(file.metadata, path_or_name)
         return Parts(
-            _name(file),
+            name_of(file),
             path,
             file,
             engine,
             session,
             tokenizer,
             template,
-            defaults,
+            _defaults(file.metadata, path_or_name),
             weights,
-            needed,
+            plan,
             held.pop_all(),
         )
 
 
-def _words(file: GgufFile) -> tuple[Tokenizer, ChatTemplate]:
+def open_model(path: Path) -> TensorFile | Bundle:
+    """Open a model by what the path is: a bundle, or what can be packed into one."""
+    return Bundle.open(path) if is_bundle(path) else open_source(path)
+
+
+def _open(
+    path: Path, options: tuple[int | None, str, int | None, str], held: ExitStack, budget: Budget
+) -> tuple[TensorFile | Bundle, Weights, Needs]:
+    """A model's file, its weights and what it needs."""
+    file = open_model(path)
+    held.callback(file.close)
+    if budget.strict and isinstance(file, GgufFile):
+        file.keep_no_pages()
+    config = read_config(file.metadata, str(path))
+    context, kv_type, threads, activations = options
+    weights = Weights(file, config, decode_to_f32=activations == "f32")
+    return file, weights, needs(weights, context_of(context, config), kv_type, threads, activations)
+
+
+def _kernels(device: Device, weights: Weights, kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    """All that has to be compiled for a model."""
+    kernels = device.kernels(weights.formats(), kv_type, activations)
+    return [*kernels, *checksum.kernels()] if isinstance(weights.file, Bundle) and jit.JIT_ENABLED else kernels
+
+
+def words(file: TensorFile | Bundle) -> tuple[Tokenizer, ChatTemplate]:
     """A file's tokenizer and chat template; errors name the file."""
     try:
         tokenizer = Tokenizer.from_metadata(file.metadata)
@@ -153,7 +214,7 @@ def _memory_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _context(context: int | None, config: ModelConfig) -> int:
+def context_of(context: int | None, config: ModelConfig) -> int:
     """Positions to allocate."""
     if context is None:
         return min(config.n_context, DEFAULT_CONTEXT)
@@ -185,7 +246,16 @@ def _compile(kernels: Sequence[tuple[Any, int]], progress: Progress) -> None:
         address_of(kernel, n_arguments)
 
 
-def _name(file: GgufFile) -> str:
+def _pack_nothing(weights: Weights, file: TensorFile) -> None:
+    """Compile the kernels that pack these weights now: later, the compiler would come on top of the model."""
+    for kind, format in {(info.type, weights.format_of(name)) for name, info in file.tensors.items()}:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        n_in = math.lcm(block, format.block)
+        raw = np.zeros((TILE_ROWS, n_in // block * block_bytes), np.uint8)
+        packing.pack_rows(raw, kind, format, n_in, np.empty(format.matrix_bytes(TILE_ROWS, n_in), np.uint8))
+
+
+def name_of(file: TensorFile | Bundle) -> str:
     name = file.metadata.get("general.name")
     return name if isinstance(name, str) and name else file.path.stem
 
@@ -200,89 +270,3 @@ def _defaults(metadata: Any, path_or_name: str | Path | None) -> Sampling:
         if f"general.sampling.{theirs}" in metadata
     }
     return _CHAT.changed(**found)
-
-
-def plan(
-    weights: Weights, n_context: int, kv_type: str, threads: int | None = None, activations: str = "int8"
-) -> MemoryPlan:
-    """What loading and running will take."""
-    from edgert.devices import buffers, cpu
-    from edgert.devices.cores import choose_threads
-
-    config, tensors = weights.config, weights.file.tensors
-    in_ram = [name for name in tensors if not weights.is_on_file(name)]
-    packed = sum(map(weights.bytes_of, in_ram))
-    float_hidden = activations == "f32" or any(
-        "ffn_down" in name and not weights.format_of(name).is_integer for name in in_ram
-    )
-    check_kv_type(kv_type)
-    kernels = cpu.CpuDevice.kernels(weights.formats(), kv_type, activations)
-    compiled = all(jit.is_compiled(kernel) for kernel, _ in kernels)
-    work = cpu.work_bytes(config, n_context, threads or choose_threads().n_threads, float_hidden=float_hidden)
-    return MemoryPlan(
-        process=PROCESS_BYTES + TOKEN_BYTES * config.n_vocab + (0 if compiled else COMPILING_BYTES),
-        hot=sum(weights.bytes_of(name) for name in in_ram if not weights.is_cold(name)),
-        cold=sum(weights.bytes_of(name) for name in in_ram if weights.is_cold(name)),
-        kv=cache_bytes(config, n_context, kv_type),
-        work=work + buffers.unused_bytes(packed),
-        loading=max(weights.packing_bytes(name) for name in in_ram),
-        context=n_context,
-        kv_type=kv_type,
-    )
-
-
-def describe(
-    path_or_name: str | Path | None = None, *, context: int | None = None, kv_type: str = "f16"
-) -> dict[str, Any]:
-    """What `edgert inspect` prints, without reading the weights."""
-    path = resolve(path_or_name)
-    with GgufFile.open(path) as file:
-        config = read_config(file.metadata, str(path))
-        weights = Weights(file, config)
-        n_context = _context(context, config)
-        tokenizer, template = _words(file)
-        memory = plan(weights, n_context, kv_type)
-        types: Counter[str] = Counter()
-        for info in file.tensors.values():
-            types[info.type.name] += info.n_bytes
-        parameters = sum(int(np.prod(info.shape)) for info in file.tensors.values())
-        cold = sum(info.n_bytes for name, info in file.tensors.items() if weights.is_cold(name))
-        total = sum(info.n_bytes for info in file.tensors.values())
-        return {
-            "path": str(path),
-            "name": _name(file),
-            "architecture": config.architecture,
-            "parameters": parameters,
-            "bpw": 8 * total / parameters,
-            "bytes": {"total": file.n_bytes, "hot": total - cold, "cold": cold},
-            "tensor_types": dict(types.most_common()),
-            "layers": config.n_layers,
-            "embedding_length": config.d_model,
-            "context_length": config.n_context,
-            "experts": _experts(config, cold),
-            "vocabulary": {"model": tokenizer.model, "pre": tokenizer.pre, "size": config.n_vocab},
-            "tokenizer": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "stop": sorted(tokenizer.stop_ids)},
-            "template": {
-                "source": "ChatML default" if template.is_default else "model",
-                "supports_system": template.supports_system,
-                "supports_tools": template.supports_tools,
-            },
-            "memory": {
-                part: getattr(memory, part)
-                for part in ("hot", "cold", "kv", "work", "loading", "process", "total", "context", "kv_type")
-            },
-        }
-
-
-def _experts(config: ModelConfig, cold: int) -> dict[str, int] | None:
-    if config.router is None:
-        return None
-    count = config.router.n_expert * config.n_layers
-    return {
-        "count": config.router.n_expert,
-        "used": config.router.top_k,
-        "shared": int(config.d_shared > 0),
-        "layers": config.n_layers,
-        "bytes_each": cold // count,
-        "working_set": cold // count * config.router.top_k * config.n_layers,
-    }

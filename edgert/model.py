@@ -21,14 +21,17 @@ from edgert.chat_template import ChatTemplate
 from edgert.errors import BusyError, ContextLengthError, EdgertError, OptionError
 from edgert.generation import Completion, StopRules, Stream, TokenEvent, TokenLogprob, Usage
 from edgert.loading import Parts, load_parts
-from edgert.memory import parse_size
+from edgert.memory import MemoryPlan, parse_size
 from edgert.sampling import Sampler, Sampling
+from edgert.streaming import prefetch_state
 from edgert.tokenizer import Tokenizer
 from edgert.types import Floats, ModelConfig
 from edgert.weights import Progress
 
 if TYPE_CHECKING:
-    from edgert.bench import Report, Test
+    from edgert.bench import Report
+    from edgert.bench_runner import Test
+    from edgert.experts.prefetch_control import Mode
 
 Messages = Sequence[Mapping[str, Any]]
 _CANCEL_POLL_S = 0.1  # how often an answer that waits for its turn looks whether it is still wanted
@@ -37,7 +40,11 @@ _CANCEL_POLL_S = 0.1  # how often an answer that waits for its turn looks whethe
 def load(
     path_or_name: str | Path | None = None,
     *,
-    memory: str | int | None = None,
+    memory: str | int | float | None = None,
+    residency: str | float | None = None,
+    policy: str = "auto",
+    prefetch: Mode = "auto",
+    trace: str | Path | None = None,
     context: int | None = None,
     threads: int | None = None,
     device: str = "auto",
@@ -45,17 +52,26 @@ def load(
     activations: str = "int8",
     progress: Progress | None = None,
 ) -> Model:
-    """Load a GGUF model; None loads the embedded one.
+    """Load a model: a GGUF file, a bundle (.edge), a Hugging Face folder; None loads the embedded one.
 
-    memory: most bytes the process may use ("2GiB"), refused if the model needs more. context: positions, by default the
-    model's own up to 4096. threads: by default the physical cores that the process may use. device: "auto", "cpu" or
-    "reference". kv_type: "f16", "f32", or "int8", which is lossy. activations: "int8", or "f32" to verify.
-    progress(stage, fraction) is called while loading. Raises EdgertError.
+    memory: most bytes the process may use ("2GiB"; "50%" or 0.5 of the machine's), by default what is available less a
+    head-room. Experts that do not fit are read from flash as they are needed, with the same answers; a file that is no
+    bundle is packed into one for that, once, in the cache folder. residency: the share of the experts to hold in RAM
+    ("25%" or 0.25) instead of as many as fit. policy: which ones, see experts.policies.
+    prefetch: "auto" reads experts before they are asked for where that pays, "always" wherever it can, "off" never.
+    trace: a file for the routes of the last tokens, as many as fit 8 MiB, written when the model is closed; `edgert
+    replay` reads it. context: positions, by default the model's own up to 4096. threads: by default the physical cores
+    that the process may use. device: "auto", "cpu" or "reference". kv_type: "f16", "f32", or "int8", which is lossy.
+    activations: "int8", or "f32" to verify. progress(stage, fraction) is called while loading. Raises EdgertError.
     """
     return Model(
         load_parts(
             path_or_name,
             memory=memory,
+            residency=residency,
+            policy=policy,
+            prefetch=prefetch,
+            trace=trace,
             context=context,
             threads=threads,
             device=device,
@@ -137,6 +153,7 @@ class Model:
         self.tokenizer: Tokenizer = parts.tokenizer
         self.template: ChatTemplate = parts.template
         self.defaults: Sampling = parts.defaults
+        self.memory: MemoryPlan = parts.memory  # what goes where, and a warning if it is tight
         self.n_context: int = parts.session.cache.n_context
         self._parts: Parts | None = parts  # None once closed
         self._turn = _Turn()
@@ -311,7 +328,8 @@ class Model:
     def _run(self, parts: Parts, request: _Request) -> Iterator[TokenEvent]:
         """Prefill, then a token at a time."""
         engine, session, usage, history = parts.engine, parts.session, request.usage, list(request.ids)
-        hits, misses, read = engine.residency.hits, engine.residency.misses, engine.residency.bytes_read
+        engine.residency.between_requests()
+        before = engine.residency.counts
         usage.cached_tokens = session.trim(request.ids)
         n_rows = 0
         for n in engine.prefill(request.ids[usage.cached_tokens :], session):
@@ -322,9 +340,8 @@ class Model:
             logits = engine.last_logits(n_rows)
             token = request.sampler.choose(logits, history)
             history.append(token)
-            usage.expert_hits = engine.residency.hits - hits
-            usage.expert_misses = engine.residency.misses - misses
-            usage.bytes_read = engine.residency.bytes_read - read
+            usage.take(engine.residency.counts - before)
+            usage.prefetch = prefetch_state(engine.residency)
             yield token, None if request.n_logprobs is None else TokenLogprob.of(logits, token, request.n_logprobs)
             if not session.room:
                 return
@@ -376,22 +393,26 @@ class Model:
         *,
         repetitions: int = 5,
         memory: str | int | None = None,
+        steady: bool = False,
         progress: Progress | None = None,
     ) -> Report:
         """Time prompts and generation of random ids; see edgert.bench, whose DEFAULT holds the tests by default.
 
         memory: most bytes the process may use, as for load: the measurement of the memory's speed takes up to 1 GiB.
+        steady: begin with a full expert buffer, keep the routes, measure neither phases nor the memory's speed.
         progress(stage, fraction) is called between steps too; it should do nothing while the stage is unchanged.
         """
         from edgert import bench
 
         limit = None if memory is None else parse_size(memory)
         with self._turn:
-            return bench.measure(self._open(), tests or bench.DEFAULT, repetitions, limit, progress or _silent)
+            return bench.measure(
+                self._open(), tests or bench.DEFAULT, repetitions, limit, progress or _silent, steady=steady
+            )
 
     def summary(self) -> dict[str, Any]:
         """What `edgert inspect` prints."""
-        from edgert.loading import describe
+        from edgert.describing import describe
 
         return describe(self.path, context=self.n_context)
 
@@ -419,8 +440,10 @@ def _handed_out(answer: Stream, request: _Request) -> Stream:
     return answer
 
 
-def describe(path_or_name: str | Path | None = None, *, context: int | None = None) -> dict[str, Any]:
-    """What `edgert inspect` prints, without reading the weights."""
-    from edgert.loading import describe
+def describe(
+    path_or_name: str | Path | None = None, *, context: int | None = None, memory: str | int | float | None = None
+) -> dict[str, Any]:
+    """What `edgert inspect` prints, without reading the weights; memory: a budget to plan for, or "auto"."""
+    from edgert.describing import describe
 
-    return describe(path_or_name, context=context)
+    return describe(path_or_name, context=context, memory=memory)

@@ -113,14 +113,21 @@ class Tokenizer:
         """The ids of what `partition` gives; texts are ordinary text whatever they say."""
         ids: list[int] = []
         follows_special = True
-        for part in parts:
+        for number, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                prefix = " " if follows_special and self._spm and self._vocabulary.add_space_prefix else ""
+                prefix = " " if follows_special and self._takes_space(part, number == 0) else ""
                 ids += self._encode_words(prefix + _unicode(part))
             follows_special = isinstance(part, int)
         return ids
+
+    def _takes_space(self, text: str, first: bool) -> bool:
+        """Whether a space comes before a text that is the first or follows a special token."""
+        if not self._spm or not self._vocabulary.add_space_prefix:
+            return False
+        scheme = self._vocabulary.space_prefix
+        return not scheme or (not text.startswith((" ", SPACE)) and (first or scheme == "always"))
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of some ids; bytes that are not UTF-8 become U+FFFD. special: shows control tokens.

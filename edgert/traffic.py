@@ -60,9 +60,9 @@ class ModelTraffic:
     def of(cls, weights: Weights, position: float) -> ModelTraffic:
         """Of a model file; `position`: bytes of the cache for one position."""
         c = weights.config
-        head_name = "output.weight" if "output.weight" in weights.file.tensors else "token_embd.weight"
+        head_name = "output.weight" if "output.weight" in weights.shapes else "token_embd.weight"
         layers, head, experts = Part(), Part(), Part()
-        for name in weights.file.tensors:
+        for name in weights.shapes:
             if name in (head_name, "output_norm.weight"):
                 head += _part(weights, name)
             elif weights.is_cold(name):
@@ -70,7 +70,7 @@ class ModelTraffic:
             elif name.startswith("blk."):
                 layers += _part(weights, name)
         n_experts = c.n_layers * c.router.n_expert if c.router else 1
-        row = weights.file.tensors["token_embd.weight"].n_bytes / c.n_vocab
+        row = weights.bytes_of("token_embd.weight") / c.n_vocab
         return cls(c, layers, head, experts.over(n_experts), row, position)
 
     def step(self, n_tokens: int, start: int, n_experts: int, *, with_head: bool) -> Traffic:
@@ -95,9 +95,8 @@ class ModelTraffic:
 
 
 def _part(weights: Weights, name: str) -> Part:
-    info = weights.file.tensors[name]
-    n_bytes = weights.bytes_of(name)
-    if len(info.shape) == 1:
+    shape, n_bytes = weights.shapes[name], weights.bytes_of(name)
+    if len(shape) == 1:
         return Part(n_bytes)
-    count = math.prod(info.shape)
+    count = math.prod(shape)
     return Part(n_bytes, count, 0) if weights.format_of(name).is_integer else Part(n_bytes, 0, count)

@@ -5,7 +5,7 @@ Frozen dataclasses; sizes count elements unless a name says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -68,6 +68,40 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0  # logits are multiplied by this
+
+
+@dataclass(kw_only=True)
+class ExpertCounts:
+    """What was done to have experts at hand. The difference of two is what was done in between."""
+
+    expert_hits: int = 0  # experts used, each counted once a layer and chunk, that were in RAM
+    expert_misses: int = 0  # and that were not, or not yet
+    bytes_read: int = 0  # of experts, from flash
+    flash_wait_s: float = 0.0  # in which the arithmetic waited for flash
+    flash_busy_s: float = 0.0  # in which flash was read
+    prefetch_useful: int = 0  # bytes read before they were asked for: there in time,
+    prefetch_late: int = 0  # still on their way when they were asked for,
+    prefetch_wasted: int = 0  # not needed,
+    prefetch_evicted: int = 0  # given up before they could be
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the experts used that were in RAM when they were asked for; None if none was used."""
+        used = self.expert_hits + self.expert_misses
+        return self.expert_hits / used if used else None
+
+    def __sub__(self, before: ExpertCounts) -> ExpertCounts:
+        names = [field.name for field in fields(ExpertCounts)]
+        return ExpertCounts(**{name: getattr(self, name) - getattr(before, name) for name in names})
+
+    def __add__(self, other: ExpertCounts) -> ExpertCounts:
+        names = [field.name for field in fields(ExpertCounts)]
+        return ExpertCounts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def take(self, counts: ExpertCounts) -> None:
+        """Make these the counts."""
+        for one in fields(ExpertCounts):
+            setattr(self, one.name, getattr(counts, one.name))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from edgert.pretokenizers import PRE_TOKENIZERS
 
 MODELS = ("gpt2", "llama")  # byte-level BPE, SentencePiece BPE
 
+# Where add_space_prefix holds, in words that GGUF has no key for: "always" or "first" as HF's Metaspace means them (not
+# before a text that begins with a space; "first": nor behind a special token). Without the key: as llama.cpp does it.
+SPACE_PREFIX = "edgert.tokenizer.space_prefix"
+
 _PREFIX = "tokenizer.ggml."
 _NO_ID = 0xFFFFFFFF  # how a converter writes "none" into an unsigned key
 
@@ -115,6 +119,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    space_prefix: str  # see SPACE_PREFIX, "" where the file does not have it
     strips_after: frozenset[int]  # special tokens that swallow the white space behind them
 
     @classmethod
@@ -153,6 +158,7 @@ class Vocabulary:
             add_bos=_add_token(metadata, "bos", special["bos"], spm or PRE_TOKENIZERS[pre].add_bos),
             add_eos=_add_token(metadata, "eos", special["eos"], False),
             add_space_prefix=_flag(metadata, "add_space_prefix", spm),
+            space_prefix=_space_prefix(metadata),
             strips_after=_strips_after(metadata, tokens, types),
         )
 
@@ -276,6 +282,13 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TokenizerError(f"{_PREFIX}{name} is {value!r}, not true or false; convert the model again")
     return bool(value)
+
+
+def _space_prefix(metadata: Mapping[str, Any]) -> str:
+    value = metadata.get(SPACE_PREFIX, "")
+    if value not in ("", "always", "first"):
+        raise UnsupportedError(f"{SPACE_PREFIX} is {value!r:.60}; supported are always and first")
+    return str(value)
 
 
 def _add_token(metadata: Mapping[str, Any], name: str, id_: int | None, default: bool) -> bool:

@@ -1,4 +1,4 @@
-"""From the tensors of a GGUF to what a device takes: names, shapes, formats, layer by layer.
+"""From the tensors of a model's file or bundle to what a device takes: names, shapes, formats, layer by layer.
 
 Every tensor of the file must be asked for by somebody: one that is left over could change the answers and is refused.
 """
@@ -7,40 +7,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 
 from edgert.devices.base import Device, ExpertWeights, LayerWeights, Linear, Table
 from edgert.errors import ModelFileError, UnsupportedError
-from edgert.quant import ggml, packing
-from edgert.quant.formats import Format
-from edgert.quant.packing import StoredMatrix
-from edgert.storage.gguf_file import GgufFile
+from edgert.quant import ggml
+from edgert.quant.formats import Format, MatrixSource
+from edgert.storage.bundle import Bundle
+from edgert.storage.tensor_file import TensorFile
 from edgert.types import Floats, ModelConfig
+from edgert.weight_sources import BundleSource, FileSource, WeightSource
 
 Progress = Callable[[str, float], None]  # called with (stage, fraction from 0 to 1)
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+class HotTensor(NamedTuple):
+    """What is always resident under one name: a matrix, or a vector, which is read when it is asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    matrix: MatrixSource | None
+    vector: Callable[[], Floats] | None
 
 
 class Weights:
-    """The weights of one model file. Shapes are checked against the configuration before anything is read."""
+    """The weights of one model. Shapes are checked against the configuration before anything is read."""
 
-    def __init__(self, file: GgufFile, config: ModelConfig, *, decode_to_f32: bool = False) -> None:
-        self.file, self.config, self._decode_to_f32 = file, config, decode_to_f32
+    def __init__(self, file: TensorFile | Bundle, config: ModelConfig, *, decode_to_f32: bool = False) -> None:
+        self.file, self.config = file, config
+        self._source: WeightSource = (
+            BundleSource(file) if isinstance(file, Bundle) else FileSource(file, decode_to_f32=decode_to_f32)
+        )
+        self.shapes = self._source.shapes  # of every tensor, hot and cold, by name
         self._path = file.path
         c = config
-        if c.n_layers > len(file.tensors):  # before names are made of it
+        if isinstance(file, Bundle) and c.router and file.record_bytes.shape != (c.n_layers, c.router.n_expert):
+            found = "{} layers of {} experts".format(*file.record_bytes.shape)
+            raise ModelFileError(
+                f"{self._path}: its manifest has {found}, but the metadata ask for {c.n_layers} of "
+                f"{c.router.n_expert}; remove the bundle and pack the model again"
+            )
+        if c.n_layers > len(self.shapes):  # before names are made of it
             raise ModelFileError(
                 f"{self._path}: {c.architecture}.block_count is {c.n_layers}, but the file has only "
-                f"{len(file.tensors)} tensors; the file is damaged or made wrongly"
+                f"{len(self.shapes)} tensors; the file is damaged or made wrongly"
             )
         self._wanted: dict[str, tuple[int, ...]] = {
-            "token_embd.weight": (c.n_vocab, c.d_model),
+            EMBEDDING: (c.n_vocab, c.d_model),
             "output_norm.weight": (c.d_model,),
         }
-        if "output.weight" in file.tensors:
-            self._wanted["output.weight"] = (c.n_vocab, c.d_model)
-        if "rope_freqs.weight" in file.tensors:
+        if HEAD in self.shapes:
+            self._wanted[HEAD] = (c.n_vocab, c.d_model)
+        if "rope_freqs.weight" in self.shapes:
             self._wanted["rope_freqs.weight"] = (c.rope.n_rotated // 2,)
         for layer in range(c.n_layers):
             self._wanted |= {f"blk.{layer}.{name}": shape for name, shape in self._layer_shapes(layer).items()}
@@ -62,7 +83,7 @@ class Weights:
             "attn_v.bias": (v,),
             "attn_qkv.bias": (q + k + v,),
         }
-        if f"blk.{layer}.attn_qkv.weight" in self.file.tensors:
+        if f"blk.{layer}.attn_qkv.weight" in self.shapes:
             shapes["attn_qkv.weight"] = (q + k + v, c.d_model)
         else:
             shapes |= {
@@ -91,78 +112,61 @@ class Weights:
             }
         if c.shared_gate:
             shapes["ffn_gate_inp_shexp.weight"] = (c.d_model,)
-        return shapes | {name: shape for name, shape in optional.items() if f"blk.{layer}.{name}" in self.file.tensors}
+        return shapes | {name: shape for name, shape in optional.items() if f"blk.{layer}.{name}" in self.shapes}
 
     def _check(self) -> None:
         for name, shape in self._wanted.items():
-            info = self.file.tensors.get(name)
-            if info is None and name.replace("_exps", ".0") in self.file.tensors:
+            found = self.shapes.get(name)
+            if found is None and name.replace("_exps", ".0") in self.shapes:
                 raise UnsupportedError(
                     f"{self._path}: it holds one tensor per expert ({name.replace('_exps', '.0')}), "
                     "as old conversions do; take a newer conversion"
                 )
-            if info is None:
+            if found is None:
                 raise ModelFileError(
                     f"{self._path}: the tensor {name} is missing; the file is incomplete, download or convert it again"
                 )
-            if info.shape != shape and math.prod(info.shape) == math.prod(shape) == shape[-1]:
+            if found != shape and math.prod(found) == math.prod(shape) == shape[-1]:
                 continue  # a vector stored as a matrix of one row
-            if info.shape != shape:
+            if found != shape:
                 raise ModelFileError(
-                    f"{self._path}: the tensor {name} has shape {info.shape}, but the metadata ask for {shape}; "
+                    f"{self._path}: the tensor {name} has shape {found}, but the metadata ask for {shape}; "
                     "the file is damaged or made wrongly"
                 )
-        for name, info in self.file.tensors.items():
-            if not ggml.is_decodable(info.type):
-                raise UnsupportedError(
-                    f"{self._path}: the tensor {name} is of type {info.type.name}, which edgert cannot read; "
-                    "take another quantisation"
-                )
+        for name, shape in self.shapes.items():
+            if not isinstance(self.file, Bundle):
+                self._check_type(name, self.file)
             if name not in self._wanted:
                 raise UnsupportedError(
-                    f"{self._path}: the tensor {name} {info.shape} is not one that edgert uses for "
+                    f"{self._path}: the tensor {name} {shape} is not one that edgert uses for "
                     f"{self.config.architecture!r}; it may change the answers"
                 )
 
+    def _check_type(self, name: str, file: TensorFile) -> None:
+        kind = file.tensors[name].type
+        if not ggml.is_decodable(kind):
+            raise UnsupportedError(
+                f"{self._path}: the tensor {name} is of type {kind.name}, which edgert cannot read; "
+                "take another quantisation"
+            )
+
     # ---- reading -----------------------------------------------------------------------------------------------------
-    def _vector(self, name: str) -> Floats:
-        info = self.file.tensors[name]
-        vector = ggml.to_float(self.file.read(name), info.type, (math.prod(info.shape),))
-        if not np.isfinite(vector).all():
-            raise packing.not_finite(f"{self._path}: the tensor {name}")
-        return vector
-
-    def _matrix(
-        self, name: str, first_row: int = 0, n_rows: int | None = None, expert: int | None = None
-    ) -> StoredMatrix:
-        """Some rows of a tensor, by default all, read when they are packed."""
-        info = self.file.tensors[name]
-        n_in = info.shape[-1]
-        return StoredMatrix(
-            name=f"{self._path}: the tensor {name}" + ("" if expert is None else f", expert {expert}"),
-            kind=info.type,
-            shape=(math.prod(info.shape) // n_in if n_rows is None else n_rows, n_in),
-            format=self.format_of(name),
-            read_rows=lambda first, count: self.file.read_rows(name, first_row + first, count),
-            first_row=first_row if expert is None else 0,
-        )
-
     def format_of(self, name: str) -> Format:
         """The format that a tensor is packed to."""
-        return ggml.format_for(self.file.tensors[name].type, decode_to_f32=self._decode_to_f32)
+        return self._source.format_of(name)
 
     def formats(self) -> list[Format]:
         """The formats of all matrices that are packed."""
-        matrices = (name for name, info in self.file.tensors.items() if len(info.shape) > 1)
+        matrices = (name for name, shape in self.shapes.items() if len(shape) > 1)
         return list(dict.fromkeys(self.format_of(name) for name in matrices if not self.is_on_file(name)))
 
     def _optional(self, name: str) -> Floats | None:
-        return self._vector(name) if name in self.file.tensors else None
+        return self._source.vector(name) if name in self.shapes else None
 
     def _query_key_value(self, prefix: str) -> list[Linear]:
-        if f"{prefix}attn_qkv.weight" not in self.file.tensors:
+        if f"{prefix}attn_qkv.weight" not in self.shapes:
             return [
-                Linear(self._matrix(f"{prefix}attn_{n}.weight"), self._optional(f"{prefix}attn_{n}.bias"))
+                Linear(self._source.matrix(f"{prefix}attn_{n}.weight"), self._optional(f"{prefix}attn_{n}.bias"))
                 for n in "qkv"
             ]
         c, name = self.config, f"{prefix}attn_qkv.weight"
@@ -170,7 +174,7 @@ class Weights:
         parts, start = [], 0
         for rows in (c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.n_kv_heads * c.d_value):
             of_part = None if bias is None else bias[start : start + rows]
-            parts.append(Linear(self._matrix(name, start, rows), of_part))
+            parts.append(Linear(self._source.matrix(name, start, rows), of_part))
             start += rows
         return parts
 
@@ -182,43 +186,67 @@ class Weights:
         if c.d_shared:
             suffix = "_shexp" if c.router else ""
             shared = ExpertWeights(
-                *(self._matrix(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down"))
+                *(self._source.matrix(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down"))
             )
         return LayerWeights(
-            attention_norm=self._vector(f"{prefix}attn_norm.weight"),
+            attention_norm=self._source.vector(f"{prefix}attn_norm.weight"),
             query=query,
             key=key,
             value=value,
-            output=Linear(self._matrix(f"{prefix}attn_output.weight"), self._optional(f"{prefix}attn_output.bias")),
-            feed_forward_norm=self._vector(f"{prefix}ffn_norm.weight"),
-            query_norm=self._vector(f"{prefix}attn_q_norm.weight") if c.qk_norm != "none" else None,
-            key_norm=self._vector(f"{prefix}attn_k_norm.weight") if c.qk_norm != "none" else None,
-            router=self._matrix(f"{prefix}ffn_gate_inp.weight") if c.router else None,
+            output=Linear(
+                self._source.matrix(f"{prefix}attn_output.weight"), self._optional(f"{prefix}attn_output.bias")
+            ),
+            feed_forward_norm=self._source.vector(f"{prefix}ffn_norm.weight"),
+            query_norm=self._source.vector(f"{prefix}attn_q_norm.weight") if c.qk_norm != "none" else None,
+            key_norm=self._source.vector(f"{prefix}attn_k_norm.weight") if c.qk_norm != "none" else None,
+            router=self._source.matrix(f"{prefix}ffn_gate_inp.weight") if c.router else None,
             shared=shared,
-            shared_gate=self._matrix(f"{prefix}ffn_gate_inp_shexp.weight") if c.shared_gate else None,
+            shared_gate=self._source.matrix(f"{prefix}ffn_gate_inp_shexp.weight") if c.shared_gate else None,
         )
 
     def experts(self, layer: int) -> Iterator[ExpertWeights]:
         """Experts of a layer, in ascending id; each is read when it is packed."""
-        c = self.config
-        assert c.router is not None
-        rows = {"gate": c.d_expert, "up": c.d_expert, "down": c.d_model}
-        for expert in range(c.router.n_expert):
-            yield ExpertWeights(
-                *(
-                    self._matrix(f"blk.{layer}.ffn_{part}_exps.weight", expert * n, n, expert)
-                    for part, n in rows.items()
-                )
-            )
+        assert self.config.router is not None
+        for expert in range(self.config.router.n_expert):
+            yield ExpertWeights(*self._source.expert(layer, expert))
 
-    def load_into(self, device: Device, progress: Progress) -> list[Table | None]:
-        """Give all weights to a device, layer by layer; its table of experts for each layer."""
+    def hot(self) -> Iterator[HotTensor]:
+        """All that is always resident, by the names that a bundle has: attn_qkv split, the head always there."""
+        c = self.config
+        for layer in range(c.n_layers):
+            prefix = f"blk.{layer}."
+            for part, linear in zip("qkv", self._query_key_value(prefix), strict=True):
+                yield HotTensor(f"{prefix}attn_{part}.weight", linear.matrix.shape, linear.matrix, None)
+                if linear.bias is not None:
+                    bias = linear.bias
+                    yield HotTensor(f"{prefix}attn_{part}.bias", bias.shape, None, lambda bias=bias: bias)  # type: ignore[misc]
+            for name in self._layer_shapes(layer):
+                if not self.is_cold(name) and not name.startswith(("attn_q.", "attn_k.", "attn_v.", "attn_qkv.")):
+                    yield self._hot(f"{prefix}{name}")
+        for name in ("rope_freqs.weight", "output_norm.weight"):
+            if name in self.shapes:
+                yield self._hot(name)
+        head = self.head()[1].matrix
+        yield HotTensor(HEAD, head.shape, head, None)
+
+    def _hot(self, name: str) -> HotTensor:
+        shape = self._wanted[name]
+        if len(shape) == 1 and not name.endswith("ffn_gate_inp_shexp.weight"):
+            return HotTensor(name, shape, None, lambda: self._source.vector(name))
+        matrix = self._source.matrix(name)
+        return HotTensor(name, matrix.shape, matrix, None)
+
+    def load_into(self, device: Device, progress: Progress, *, experts: bool = True) -> list[Table | None]:
+        """Give all weights to a device, layer by layer; its table of experts for each layer.
+
+        Without `experts` only the hot weights are read, and the tables stay empty.
+        """
         config, tables = self.config, []
         for layer in range(config.n_layers):
             progress("loading weights", layer / (config.n_layers + 1))
             device.add_layer(self.layer(layer))
             table = device.new_table(config.router.n_expert) if config.router else None
-            if table is not None:
+            if table is not None and experts:
                 for index, expert in enumerate(self.experts(layer)):
                     table[index] = device.pack_expert(expert)
             tables.append(table)
@@ -228,8 +256,8 @@ class Weights:
 
     def head(self) -> tuple[Floats, Linear]:
         """The final norm and the output head, which is the embedding table where there is no other."""
-        name = "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
-        return self._vector("output_norm.weight"), Linear(self._matrix(name))
+        name = HEAD if HEAD in self.shapes else EMBEDDING
+        return self._source.vector("output_norm.weight"), Linear(self._source.matrix(name))
 
     def rope_divisors(self) -> Floats | None:
         """Divisors of the rotation's frequencies (n_rotated / 2,), where the file has them."""
@@ -237,27 +265,18 @@ class Weights:
 
     def embed(self, tokens: list[int]) -> Floats:
         """Embedding rows (n_tokens, d_model), read from the file and scaled."""
-        info = self.file.tensors["token_embd.weight"]
-        rows = np.concatenate([self.file.read_rows(info.name, token, 1) for token in tokens])
-        embeddings = ggml.to_float(rows.reshape(-1), info.type, (len(tokens), self.config.d_model))
+        embeddings = self._source.embedding(tokens)
         if self.config.embedding_scale != 1.0:
             embeddings = embeddings * np.float32(self.config.embedding_scale)
         return embeddings
 
     def bytes_of(self, name: str) -> int:
         """Bytes that a tensor takes in RAM once packed."""
-        info = self.file.tensors[name]
-        if len(info.shape) == 1 or (info.type == Type.F32 and name.endswith(".bias")):
-            return 4 * info.shape[0]
-        n_out, n_in = info.shape[-2:]
-        return math.prod(info.shape[:-2]) * self.format_of(name).matrix_bytes(n_out, n_in)
+        return self._source.bytes_of(name)
 
     def packing_bytes(self, name: str) -> int:
         """Bytes that packing a tensor takes at its peak, beside the packed one."""
-        info = self.file.tensors[name]
-        if len(info.shape) == 1:
-            return info.n_bytes + 4 * info.shape[0]
-        return packing.packing_bytes(info.type, info.shape[-2], info.shape[-1])
+        return self._source.packing_bytes(name)
 
     def is_cold(self, name: str) -> bool:
         """Whether a tensor holds routed experts."""
@@ -265,4 +284,4 @@ class Weights:
 
     def is_on_file(self, name: str) -> bool:
         """Whether a tensor stays in the file: an embedding table that is not the head too."""
-        return name == "token_embd.weight" and "output.weight" in self.file.tensors
+        return name == EMBEDDING and HEAD in self.shapes

@@ -117,6 +117,20 @@ FORMATS = {format.name: format for format in (*_GROUPED, *_TWO_LEVEL, *_TABLES, 
 INT4, INT4_MIN, INT8 = FORMATS["int4"], FORMATS["int4-min"], FORMATS["int8"]
 
 
+@dataclass(frozen=True)
+class PackedPart:
+    """Where the tiles of one matrix (n_out, n_in) lie within a record: `offset` bytes from its start."""
+
+    format: Format
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the tiles."""
+        return self.format.matrix_bytes(*self.shape)
+
+
 class MatrixSource(Protocol):
     """What a device takes for a matrix: it may still lie in a file, and be read only when it is packed."""
 

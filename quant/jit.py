@@ -1,8 +1,8 @@
 """The one decorator under which edgert's kernels are compiled, and the cache that keeps their machine code.
 
 Numba keys a cached function by its own file, so an edit of a function that it calls would run old code. Here the key
-covers every source file of the package, the versions of numba and llvmlite and the instruction path: intrinsics and
-kernels may then live in different files, and an upgrade or an edit is always seen. A host application's
+covers every source file of the folders that hold kernels, the versions of numba and llvmlite and the instruction path:
+intrinsics and kernels may then live in different files, and an upgrade or an edit is always seen. A host application's
 NUMBA_CACHE_DIR is neither read nor set.
 """
 
@@ -36,7 +36,7 @@ JIT_ENABLED = not config.DISABLE_JIT
 _STAMP = re.compile("[0-9a-f]{24}")
 _KEPT_DAYS = 30  # since the kernels of a state of the sources were last used
 WORK: Counter[str] = Counter()  # kernels that this process "compiled", and that it "found" in the cache
-_FOLDERS = ("edgert.quant", "edgert.devices", "edgert.experts")
+_FOLDERS = ("edgert.quant", "edgert.devices")  # those that hold kernels
 
 
 def cache_root() -> Path:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgert.errors import UnsupportedError
 from edgert.quant import tile_kernels
-from edgert.quant.formats import FORMATS, Format, MatrixSource
+from edgert.quant.formats import FORMATS, Format, MatrixSource, PackedPart
 from edgert.quant.jit import inner
 from edgert.quant.records import address_of, at, call, record
 from edgert.quant.simd import load_float, load_int, move32, store_float, store_int
@@ -30,7 +30,7 @@ _BLOCK_BYTES = 1 << 18
 
 
 def matrix_record(
-    source: MatrixSource, address: int, *, quantised: bool, bias: int = 0, several: bool = True
+    source: MatrixSource | PackedPart, address: int, *, quantised: bool, bias: int = 0, several: bool = True
 ) -> npt.NDArray[Any]:
     """MATRIX (1,) of a matrix that was packed to `address`; compiles the kernels of its format.
 

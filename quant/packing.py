@@ -98,14 +98,18 @@ class StoredMatrix:
         for first in range(0, n_out, step):
             n_rows = min(step, n_out - first)
             size = self.format.matrix_bytes(n_rows, n_in)
-            try:
-                # the rows have no name here, so that they are gone before the next ones are read
-                wrong = pack_rows(self.read_rows(first, n_rows), self.kind, self.format, n_in, out[done : done + size])
-            except OverflowError as error:
-                raise self._beyond_half() from error
-            if wrong >= 0:
-                raise self._not_finite(first + wrong)
+            # the rows have no name here, so that they are gone before the next ones are read
+            self.pack_rows(self.read_rows(first, n_rows), first, out[done : done + size])
             done += size
+
+    def pack_rows(self, raw: npt.NDArray[np.uint8], first: int, out: npt.NDArray[np.uint8]) -> None:
+        """Likewise with rows that were read before, from row `first` on, a multiple of 16."""
+        try:
+            wrong = pack_rows(raw, self.kind, self.format, self.shape[1], out)
+        except OverflowError as error:
+            raise self._beyond_half() from error
+        if wrong >= 0:
+            raise self._not_finite(first + wrong)
 
     def whole(self) -> Matrix:
         """All of the matrix, unpacked; raises as pack does."""

@@ -7,9 +7,9 @@ bytes. Which tensors a model must have, and what they mean, is not known here.
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import re
-import stat
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,16 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError
+from edgert.storage.flash import open_regular
 from edgert.storage.gguf_header import HeaderReader, Metadata
 from edgert.storage.gguf_header import TensorInfo as TensorInfo
 
+_PAGE = mmap.PAGESIZE
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class GgufFile:
     """An open GGUF model; use `GgufFile.open(path)`, best in a `with` statement.
 
-    Reads are positional, so one open file may be read from several threads.
+    Reads are positional, so one open file may be read from several threads. Without `keep_pages` what was read is taken
+    out of the page cache: for who reads all of a file once, under a memory limit that may count the cache.
     """
 
     path: Path  # the file that was opened: of a split model the first part
@@ -37,8 +40,8 @@ class GgufFile:
     tensors: dict[str, TensorInfo]  # of all parts, in the order of the files
     n_bytes: int  # size of all files
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, keep_pages: bool = True) -> None:
+        self.path, self._keeps_pages = Path(path), True
         with ExitStack() as stack:
             self._files = [stack.enter_context(_open(self.path))]
             self.metadata, self.tensors = HeaderReader(self._files[0], self.path).parse()
@@ -49,16 +52,18 @@ class GgufFile:
             if len(self.parts) > 1:
                 self._check_total()
             self.n_bytes = sum(os.fstat(file.fileno()).st_size for file in self._files)
+            if not keep_pages:
+                self.keep_no_pages()
             self._stack = stack.pop_all()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GgufFile:
+    def open(cls, path: str | os.PathLike[str], *, keep_pages: bool = True) -> GgufFile:
         """Open a model, of a split model by its first part, reading no tensor data.
 
         Raises ModelFileError for a file that is absent, unreadable, not GGUF, truncated or inconsistent, and
         UnsupportedError for a sound one of a version, byte order or tensor type that edgert does not read.
         """
-        return cls(path)
+        return cls(path, keep_pages=keep_pages)
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
@@ -71,6 +76,17 @@ class GgufFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def keep_no_pages(self) -> None:
+        """From now on let what was read leave the page cache at once, where that can be asked for.
+
+        Without reading ahead: that makes pages of megabytes, of which none goes before all of it is dropped.
+        """
+        if hasattr(os, "posix_fadvise"):
+            self._keeps_pages = False
+            for file in self._files:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def info(self, name: str) -> TensorInfo:
         """The tensor of that name, or ModelFileError if the model has none."""
@@ -124,6 +140,9 @@ class GgufFile:
                     f" {n_bytes - done:,} bytes too early; download it again"
                 )
             done += got
+        if not self._keeps_pages:
+            start, end = offset // _PAGE * _PAGE, -(-(offset + n_bytes) // _PAGE) * _PAGE
+            os.posix_fadvise(self._files[info.part].fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
         return raw
 
     def _open_part(self, number: int) -> io.FileIO:
@@ -161,22 +180,7 @@ class GgufFile:
 
 
 def _open(path: Path) -> io.FileIO:
-    """Open a regular file for reading; O_NONBLOCK because opening a pipe would wait for a writer."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file; check the path") from error
-    except PermissionError as error:
-        raise ModelFileError(f"{path}: no permission to read it; change its owner or mode") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ModelFileError(f"{str(path)!r} cannot be opened: {reason}; check the path") from error
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return io.FileIO(descriptor)
-    os.close(descriptor)
-    what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-    raise ModelFileError(f"{path}: {what}; name the .gguf file itself")
+    return io.FileIO(open_regular(path, ".gguf "))
 
 
 def _integer(metadata: Metadata, key: str) -> int | None:

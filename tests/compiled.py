@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from edgert.devices import routing
 from edgert.quant import functions, matmul
 from edgert.quant.jit import kernel
+
+
+@kernel
+def choose_row(
+    scores: Any, softmax: bool, normalise: bool, scale: float, probabilities: Any, ids: Any, weights: Any, order: Any
+) -> None:
+    """See routing.choose_row."""
+    routing.choose_row(scores, softmax, normalise, scale, probabilities, ids, weights, order)
 
 
 @kernel

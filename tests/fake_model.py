@@ -36,6 +36,7 @@ DESCRIPTION = {
         "work": 4,
         "process": 5,
         "total": 15,
+        "residency": 0.253,
         "context": 8192,
         "kv_type": "f16",
     },
@@ -70,6 +71,7 @@ class Model:
         self.name, self.n_context, self.delay_s = name, n_context, delay_s
         self.template = types.SimpleNamespace(is_default=is_default)
         self.defaults = Sampling(temperature=0.7, repetition_penalty=1.1)
+        self.memory = types.SimpleNamespace(warning="")
         self.tokenizer = Characters()
         self.calls, self.loaded, self.closed, self.cached = [], {}, 0, ""
 
@@ -109,7 +111,8 @@ class Model:
             if len(prompt) + len(answer) <= self.n_context:
                 yield 0, None
 
-        usage = Usage(len(prompt), same, expert_hits=3, expert_misses=1, bytes_read=2048)
+        counts = {"expert_hits": 3, "expert_misses": 1, "bytes_read": 2048, "flash_wait_s": 0.01, "flash_busy_s": 0.02}
+        usage = Usage(prompt_tokens=len(prompt), cached_tokens=same, prefetch_useful=1024, **counts)
         rules = StopRules(stop_ids={0}, stop=stop, max_tokens=max_tokens)
         return Stream(tokens(), Characters(), rules, usage=usage)
 
@@ -125,7 +128,7 @@ def install(model: Model, set_module=sys.modules.__setitem__) -> Model:
         return model
 
     module = types.ModuleType("edgert.model")
-    module.load, module.Model, module.describe = load, Model, lambda path, context=None: DESCRIPTION
+    module.load, module.Model, module.describe = load, Model, lambda path, context=None, memory=None: DESCRIPTION
     set_module("edgert.model", module)
     return model
 

@@ -59,7 +59,7 @@ def engine_of(
         )
         tables = weights.load_into(made, lambda stage, fraction: None)
         table = weights.embed(list(range(config.n_vocab)))
-    engine = Engine(config, made, AllResident(tables), lambda ids: table[ids])
+    engine = Engine(config, made, AllResident(made, tables), lambda ids: table[ids])
     return engine, Session(made.new_cache(n_context, kv_type))
 
 

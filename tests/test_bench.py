@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models import golden_path
 
-from edgert import bench, loading, model
+from edgert import bench, bench_runner, loading, model
 from edgert.cli import main
 from edgert.devices import roofline
 from edgert.devices.threads import ThreadPool
@@ -38,6 +38,7 @@ KEYS = {
     "int8_share",
     "float_gop_per_s",
     "phases_s_per_token",
+    "experts",
     "runs_s",
 }
 
@@ -52,6 +53,10 @@ def parts_of(name: str, context: int = 64) -> loading.Parts:
     return loading.load_parts(
         golden_path(name),
         memory=None,
+        residency=None,
+        policy="auto",
+        prefetch="auto",
+        trace=None,
         context=context,
         threads=2,
         device="auto",
@@ -72,7 +77,7 @@ def test_a_step_that_uses_every_expert_moves_every_weight_once(name: str) -> Non
         with GgufFile.open(golden_path(name)) as file:
             untied = "output.weight" in file.tensors
             names = [key for key in file.tensors if not (untied and key == "token_embd.weight")]
-            row = file.tensors["token_embd.weight"].n_bytes / config.n_vocab
+            row = weights.bytes_of("token_embd.weight") / config.n_vocab
         step = traffic.step(3, 10, config.n_layers * config.router.n_expert, with_head=True)
         assert step.n_bytes == pytest.approx(sum(map(weights.bytes_of, names)) + 3 * row + 13 * 1000)
         without = traffic.step(3, 10, config.n_layers * config.router.n_expert, with_head=False)
@@ -166,7 +171,7 @@ def test_memory_to_read_is_a_gigabyte_or_half_of_what_is_free(monkeypatch: pytes
 def test_tests_are_named_as_llama_bench_names_them() -> None:
     assert [test.name for test in TESTS] == ["pp20", "pp3", "tg4", "pp20 @ d7", "pp3 @ d7", "tg4 @ d7"]
     assert [test.name for test in bench.DEFAULT] == ["pp512", "pp128", "tg64"]
-    assert bench.context_for(TESTS) == 27
+    assert bench_runner.context_for(TESTS) == 27
 
 
 @pytest.mark.parametrize("sizes", [([0], [], [0]), ([], [-1], [0]), ([1], [], [-1]), ([], [], [0]), ([1], [1], [])])
@@ -181,14 +186,15 @@ def test_a_run_starts_and_ends_at_its_depth_and_counts_what_it_used() -> None:
     try:
         router, n_layers = parts.engine.config.router, parts.engine.config.n_layers
         assert router is not None
-        runner, tokens = bench.Runner(parts), parts.session.tokens
+        runner, tokens = bench_runner.Runner(parts), parts.session.tokens
         for test in TESTS:
             runner.prepare(test)
             assert len(tokens) == test.depth
             filled = list(tokens)
-            seconds, traffic = runner.run(test)
-            assert tokens == filled and seconds > 0
-            sizes = bench.traffic_of(parts)
+            run = runner.run(test)
+            traffic = run.traffic
+            assert tokens == filled and run.seconds > 0
+            sizes = bench_runner.traffic_of(parts)
             if test.kind == "generate":
                 each = n_layers * router.top_k
                 steps = [sizes.step(1, test.depth + i, each, with_head=True) for i in range(test.n_tokens)]
@@ -245,7 +251,7 @@ def test_the_timed_device_is_taken_away_again() -> None:
     parts = parts_of("olmoe-q4_0")
     try:
         device, embed = parts.engine.device, parts.engine.embed
-        runner = bench.Runner(parts, check=lambda: None)
+        runner = bench_runner.Runner(parts, check=lambda: None)
         runner.prepare(TESTS[2])
         phases = runner.phases(TESTS[2])
         assert phases["attend"] > 0 and phases["experts"] > 0 and "run_layers" not in phases

@@ -15,7 +15,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench_peer  # noqa: E402   # found through the line above
 
-from edgert import bench  # noqa: E402
+from edgert import bench, bench_runner  # noqa: E402
 
 # Fastest for prompts with mmap and flash attention, for generation without both; at a depth, flash attention pays.
 FAKE = """#!{python}
@@ -41,7 +41,7 @@ print(json.dumps([{{"n_prompt": p, "n_gen": n, "n_depth": d, "n_threads": int(op
 class Steady:
     """Stands in for edgert: 230 tokens a second."""
 
-    def rates(self, test: bench.Test, repetitions: int) -> list[float]:
+    def rates(self, test: bench_runner.Test, repetitions: int) -> list[float]:
         return [230.0] * repetitions
 
 
@@ -55,7 +55,7 @@ def make_peer(tmp_path: Path, *, refuses: bool = False) -> bench_peer.Peer:
 def test_a_run_passes_all_that_decides_and_reads_the_samples(tmp_path: Path) -> None:
     peer = make_peer(tmp_path)
     settings = bench_peer.Settings("none", "off", "1")
-    assert peer.rates(bench.Test("generate", 64, 4096), settings, 3) == [115.0, 116.0, 117.0]
+    assert peer.rates(bench_runner.Test("generate", 64, 4096), settings, 3) == [115.0, 116.0, 117.0]
     expected = "-m a model.gguf -p 0 -n 64 -d 4096 -t 3 -r 3 -lm none -fa off --repack 1 -o json\n"
     assert (tmp_path / "log").read_text() == expected
 
@@ -82,13 +82,13 @@ def test_settings_that_are_given_are_not_searched(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_run_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best = make_peer(tmp_path, refuses=True).best_settings([bench.Test("prompt", 8)])
+    best = make_peer(tmp_path, refuses=True).best_settings([bench_runner.Test("prompt", 8)])
     assert best["prompt", 0] == bench_peer.Settings("mmap", "on", "1")
     assert "--repack 0 does not run" in capsys.readouterr().out
 
 
 def test_pairs_alternate_and_their_ratios_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (made,) = bench_peer.compare(Steady(), make_peer(tmp_path), [bench.Test("generate", 64)], 3, 2)  # type: ignore[arg-type]
+    (made,) = bench_peer.compare(Steady(), make_peer(tmp_path), [bench_runner.Test("generate", 64)], 3, 2)  # type: ignore[arg-type]
     assert made.theirs == [125.5] * 3 and made.ratios == [230 / 125.5] * 3
     assert made.as_json()["median_ratio"] == 230 / 125.5
     assert made.as_json()["peer_settings"] == {"load_mode": "none", "flash_attention": "off", "repack": "1"}
@@ -114,11 +114,11 @@ def test_pairs_alternate_and_their_ratios_are_told(tmp_path: Path, capsys: pytes
 )
 def test_what_is_no_result_is_refused(printed: str) -> None:
     with pytest.raises(bench_peer.PeerError, match="llama-bench printed"):
-        bench_peer.parse(printed, bench.Test("prompt", 8))
+        bench_peer.parse(printed, bench_runner.Test("prompt", 8))
 
 
 def test_a_missing_or_failing_peer_is_one_error(tmp_path: Path) -> None:
-    test, settings = bench.Test("prompt", 8), bench_peer.ALL[0]
+    test, settings = bench_runner.Test("prompt", 8), bench_peer.ALL[0]
     with pytest.raises(bench_peer.PeerError, match="No such file"):
         bench_peer.Peer(tmp_path / "absent", Path("m"), 2).rates(test, settings, 1)
     failing = tmp_path / "failing"

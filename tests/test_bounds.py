@@ -49,7 +49,8 @@ for name in sys.argv[2:]:
         for part in (ids[:13], ids[13:14], ids[14:23]):
             engine.step(part, session)
             engine.last_logits(len(part))
-        engine.trace = lambda layer, routes: None  # layer by layer, outputs kept apart
+        engine.every_layer = True  # outputs kept apart, or (of more tokens) added up group by group
+        engine.step(ids[:20], session)
         engine.step(ids[:5], session)
         engine.step(ids[:1], session)
         for whole, start, n_bytes in made:

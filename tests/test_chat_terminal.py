@@ -26,7 +26,7 @@ DEMO = Path(edgert.demo.__file__).with_name("smollm2-moe-q4_0.gguf")
 CTRL_C, CTRL_D, UP, ALT_ENTER = "\x03", "\x04", "\x1b[A", "\x1b\r"
 STATUS = re.compile(
     r"(\d+) tokens, [\d.]+ tok/s, first after [\d.]+ s; prompt (\d+) new \+ (\d+) reused; "
-    r"context ([\d,]+) of ([\d,]+)\]"
+    r"context ([\d,]+) of ([\d,]+)[];]"
 )
 
 
@@ -187,6 +187,9 @@ def test_status_lines():
     usage = Usage(prompt_tokens=290, cached_tokens=10, generated_tokens=11)
     whole = Completion("x", (1,), "context", None, None, usage)
     assert "prompt 280 new + 10 reused; context 300 of 300]" in status_line(whole, 300)
+    read = replace(usage, expert_hits=3, expert_misses=1, bytes_read=5 << 20)
+    assert status_line(replace(whole, usage=read), 300).endswith("; experts 75% in memory, 5.0 MiB read]")
+    assert "reading ahead: off: why" in list(stats(replace(read, prefetch="off: why")))
     stopped = replace(whole, finish_reason="cancelled", usage=Usage(prompt_tokens=290))
     assert status_line(stopped, 300) == "[stopped; the prompt of 290 tokens was not read to its end]"
     assert list(stats(stopped.usage)) == ["prompt: 290 tokens, not read to the end"]
@@ -234,6 +237,8 @@ def test_commands(chat, tmp_path):
         ("/system", "system message: be brief"),
         ("hello", "You said: hello"),
         ("/stats", "experts: 3 of 4 were in memory (75.0%)"),
+        ("/stats", "read from flash: 2.0 KiB; "),
+        ("/stats", "read ahead: 1.0 KiB useful, 0 bytes late, 0 bytes wasted, 0 bytes evicted"),
         ("/save", "/save needs a file name"),
         ("/save my chat", "3 messages saved to my chat"),
         ("/reset", "same system message"),

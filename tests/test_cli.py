@@ -98,7 +98,7 @@ def test_help_tells_the_runtime_defaults_of_load(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = run("chat", "--help")[1]
     defaults = {name: p.default for name, p in signature(load).parameters.items() if isinstance(p.default, str)}
-    assert set(defaults) == {"kv_type", "activations", "device"}
+    assert set(defaults) == {"kv_type", "activations", "device", "policy", "prefetch"}
     for name, default in [*defaults.items(), ("context", f"at most {DEFAULT_CONTEXT},")]:
         (line,) = (line for line in text.splitlines() if "--" + name.replace("_", "-") in line)
         assert f"{default} if not set" in line
@@ -210,6 +210,8 @@ def test_json_is_one_document(run, model):
     usage = document["usage"]
     assert usage["prompt_tokens"] == 19 and usage["generated_tokens"] == 12 and usage["bytes_read"] == 2048
     assert {"cached_tokens", "ttft_s", "tpot_s", "tokens_per_s", "expert_hits", "expert_misses"} < set(usage)
+    assert usage["hit_rate"] == 0.75 and 0 < usage["flash_wait_share"] <= 1
+    assert usage["flash_busy_s"] == 0.02 and usage["prefetch_useful"] == 1024 and usage["prefetch_evicted"] == 0
 
 
 def test_a_models_text_is_never_markup_and_pipes_get_it_unchanged(run, model):
@@ -446,6 +448,7 @@ def test_inspect_prints_every_value_in_human_units(run, model, monkeypatch):
         "supports tools no",
         "kv type f16",
         "working set 3.6 MiB",
+        "residency 25.3%",
     ):
         assert row.split() in lines, row
     assert out.index("architecture") < out.index("experts") < out.index("memory")
@@ -455,11 +458,34 @@ def test_inspect_counts_memory_for_the_context_asked_for(run, model, monkeypatch
     asked = []
     describe = sys.modules["edgert.model"].describe
     monkeypatch.setattr(
-        sys.modules["edgert.model"], "describe", lambda p, context: asked.append(context) or describe(p)
+        sys.modules["edgert.model"], "describe", lambda p, **options: asked.append((p, options)) or describe(p)
     )
     run("inspect", "--context", "512")
     run("inspect")
-    assert asked == [512, None]
+    assert asked == [(None, {"context": 512, "memory": None}), (None, {"context": None, "memory": None})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model_name", "memory"),
+    [
+        ("--memory", None, "auto"),
+        ("--memory 2GiB", None, "2GiB"),
+        ("m.gguf --memory", "m.gguf", "auto"),
+        ("--memory m.gguf", "m.gguf", "auto"),
+        ("--memory 50% m.gguf", "m.gguf", "50%"),
+        ("m.gguf --memory --json", "m.gguf", "auto"),
+        ("--memory=0.5 m.gguf", "m.gguf", "0.5"),
+    ],
+)
+def test_inspect_plans_for_a_budget_with_or_without_a_size(run, model, monkeypatch, arguments, model_name, memory):
+    asked = []
+    describe = sys.modules["edgert.model"].describe
+    monkeypatch.setattr(
+        sys.modules["edgert.model"], "describe", lambda p, **options: asked.append((p, options)) or describe(p)
+    )
+    code, _, err = run("inspect", *arguments.split())
+    assert (code, err) == (0, "")
+    assert asked == [(model_name, {"context": None, "memory": memory})]
 
 
 def test_inspect_as_json(run, model):

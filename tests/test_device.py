@@ -83,7 +83,7 @@ class Weights:
             tables.append(table)
         device.set_head(self.norm, Linear(self.head))
         session = Session(device.new_cache(N_CONTEXT, kv_type))
-        return Engine(device.config, device, AllResident(tables), lambda ids: self.embedding[ids]), session
+        return Engine(device.config, device, AllResident(device, tables), lambda ids: self.embedding[ids]), session
 
 
 def logits(engine: Engine, session: Session, chunk: int) -> Floats:
@@ -117,8 +117,8 @@ def test_the_devices_agree(name: str, activations: str) -> None:
     for threads, chunk in ((1, 34), (3, 13), (2, 1)):
         engine, session = weights.engine(CpuDevice(c, N_CONTEXT, threads=threads, activations=activations), kv_type)
         assert np.array_equal(logits(engine, session, chunk), expected), (threads, chunk)
-        engine.trace = lambda layer, routes: None  # layer by layer, outputs kept apart
+        engine.every_layer = True  # outputs kept apart
         assert np.array_equal(logits(engine, session, chunk), expected), (threads, chunk, "layer by layer")
-        engine.trace = None
+        engine.every_layer = False
         assert np.array_equal(logits(engine, session, 7), expected), (threads, "in chunks of 7")
         engine.device.close()

@@ -57,10 +57,12 @@ def test_layer_by_layer_equals_all_at_once(name: str) -> None:
     path, tokens = tokens_of(name)
     (together, session), (apart, other) = (engine_of(path, activations="int8", kv_type="f16") for _ in range(2))
     seen: list[int] = []
-    apart.trace = lambda layer, routes: seen.append(len(np.unique(routes.ids)))
+    apart.every_layer = True
+    layers = range(apart.config.n_layers)
+    apart.trace = lambda device: seen.extend(len(np.unique(device.chosen(layer)[0])) for layer in layers)
     for part in (tokens, tokens[:1], tokens[:5]):
         assert (run(together, session, part) == run(apart, other, part)).all()
-    assert together.residency.hits == apart.residency.hits == sum(seen) > 0
+    assert together.residency.counts.expert_hits == apart.residency.counts.expert_hits == sum(seen) > 0
 
 
 def test_a_reused_prefix_changes_nothing() -> None:

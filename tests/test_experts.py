@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from compiled import choose_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgert.devices import routing
 from edgert.devices.null import NullDevice
+from edgert.devices.routing import choose_reference
 from edgert.engine import Engine, Session
 from edgert.errors import ContextLengthError
-from edgert.experts.residency import AllResident, sort_pairs
-from edgert.experts.routing import Router, choose_reference
-from edgert.types import Floats, ModelConfig, RopeConfig, RouterConfig, Routes
+from edgert.experts.residency import AllResident
+from edgert.types import ExpertCounts, Floats, ModelConfig, RopeConfig, RouterConfig, Routes
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,19 +34,8 @@ def test_routing_equals_the_slow_version(
     random = np.random.default_rng(seed)
     scores = np.round(random.standard_normal((n_tokens, n_expert + 3)) * 3, seed % 3).astype(np.float32)  # many ties
     config = RouterConfig(n_expert, top_k, gating, normalise, scale)  # type: ignore[arg-type]   # one of two
-    ours = Router(config).choose(scores)
-    shape = n_tokens, top_k
-    slow = Routes(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int64))
-    choose_reference(
-        scores,
-        gating == "softmax",
-        normalise,
-        scale,
-        np.empty(n_expert, np.float32),
-        slow.ids,
-        slow.weights,
-        slow.order,
-    )
+    ours = chosen(scores, config)
+    slow = choose_reference(scores[:, :n_expert], config)
     for name in ("ids", "weights", "order"):
         assert (getattr(ours, name) == getattr(slow, name)).all(), name
     assert (np.diff(np.take_along_axis(ours.ids, ours.order, axis=1), axis=1) > 0).all()
@@ -52,10 +43,23 @@ def test_routing_equals_the_slow_version(
         assert np.allclose(ours.weights.sum(axis=1), scale, rtol=1e-6)
 
 
+def chosen(scores: Floats, config: RouterConfig) -> Routes:
+    """The compiled choice."""
+    shape = len(scores), config.top_k
+    routes = Routes(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int64))
+    probabilities = np.empty(config.n_expert, np.float32)
+    softmax, normalise, scale = config.gating == "softmax", config.normalise, config.scale
+    for t in range(len(scores)):
+        choose_row(
+            scores[t], softmax, normalise, scale, probabilities, routes.ids[t], routes.weights[t], routes.order[t]
+        )
+    return routes
+
+
 def test_ties_go_to_the_lower_id_and_not_a_number_does_not_crash() -> None:
-    router = Router(RouterConfig(4, 2))
-    assert router.choose(np.zeros((1, 4), np.float32)).ids.tolist() == [[0, 1]]
-    ids = router.choose(np.full((1, 4), np.nan, np.float32)).ids
+    router = RouterConfig(4, 2)
+    assert chosen(np.zeros((1, 4), np.float32), router).ids.tolist() == [[0, 1]]
+    ids = chosen(np.full((1, 4), np.nan, np.float32), router).ids
     assert sorted(set(ids[0].tolist())) == sorted(ids[0].tolist()) and (0 <= ids).all() and (ids < 4).all()
 
 
@@ -64,11 +68,13 @@ def test_ties_go_to_the_lower_id_and_not_a_number_does_not_crash() -> None:
 def test_pairs_are_sorted_by_expert_then_token(seed: int, n_expert: int, n_tokens: int) -> None:
     random = np.random.default_rng(seed)
     ids = np.array([random.permutation(n_expert)[:2] for _ in range(n_tokens)], np.int64)
-    routes = Routes(ids, np.ones(ids.shape, np.float32), np.argsort(ids, axis=1))
-    first, tokens, slots = sort_pairs(routes, n_expert)
+    first, tokens, slots = np.empty(n_expert + 1, np.int64), np.empty(ids.size, np.int64), np.empty(ids.size, np.int64)
+    routing.sort_pairs(ids, first, tokens, slots)
     expected = sorted((int(ids[t, k]), t, t * 2 + k) for t in range(n_tokens) for k in range(2))
     found = [(e, int(tokens[p]), int(slots[p])) for e in range(n_expert) for p in range(first[e], first[e + 1])]
     assert found == expected
+    for ours, slow in zip((first, tokens, slots), routing.pairs_reference(ids, n_expert), strict=True):
+        assert (ours == slow).all()
 
 
 def giant(n_layers: int = 60, router: RouterConfig | None = None) -> tuple[Engine, Session, NullDevice]:
@@ -80,7 +86,7 @@ def giant(n_layers: int = 60, router: RouterConfig | None = None) -> tuple[Engin
     tables = [device.new_table(router.n_expert) for _ in range(n_layers)]
     for table in tables:
         table[:] = 3 * 7168 * 2048 * 9 // 16
-    residency = AllResident(tables)
+    residency = AllResident(device, tables)
 
     def embed(ids: list[int]) -> Floats:
         return np.zeros((len(ids), 7168), np.float32)
@@ -91,10 +97,10 @@ def giant(n_layers: int = 60, router: RouterConfig | None = None) -> tuple[Engin
 def test_every_pair_is_computed_once_per_layer() -> None:
     engine, session, device = giant()
     seen: list[int] = []
-    engine.trace = lambda layer, routes: seen.append(len(np.unique(routes.ids)))
+    engine.trace = lambda device: seen.extend(len(np.unique(device.chosen(layer)[0])) for layer in range(60))
     assert list(engine.prefill(list(range(600)), session)) == [512, 88]  # NullDevice.combine checks the pairs
-    assert device.calls["attend"] == device.calls["combine"] == 120
-    assert engine.residency.hits == sum(seen) and engine.residency.misses == 0
+    assert device.calls["experts"] == device.calls["combine"] == 120
+    assert engine.residency.counts == ExpertCounts(expert_hits=sum(seen))
     assert device.expert_bytes == sum(seen) * (3 * 7168 * 2048 * 9 // 16)
     assert session.tokens == list(range(600)) and not session.check() and not engine.residency.check()
 

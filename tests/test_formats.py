@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.quant import ggml, reference
+from edgert.quant import ggml, reference, unpacking
 from edgert.quant.formats import BF16, F16, F32, FORMATS, Format, Matrix
 
 INTEGER_FORMATS = [name for name, format in FORMATS.items() if format.is_integer]
@@ -229,3 +229,16 @@ def test_the_reference_product_is_its_definition(name: str) -> None:
     size = np.abs(x).astype(np.float64) @ np.abs(matrix.to_float()).astype(np.float64).T
     assert (np.abs(floats - exact) <= 1e-5 * size).all()
     assert (np.abs(quantised - exact) <= 0.02 * size).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("n_out", [1, 16, 21])
+def test_unpacking_is_the_inverse_of_packing(name: str, n_out: int) -> None:
+    matrix = random_matrix(FORMATS[name], n_out, 2, n_out)
+    tiles = np.zeros(matrix.format.matrix_bytes(*matrix.shape), np.uint8)
+    matrix.pack(tiles)
+    again = unpacking.unpack(tiles, matrix.format, matrix.shape)
+    for table in ("values", "scales", "minima", "super_scales", "super_minima"):
+        ours, theirs = getattr(again, table), getattr(matrix, table)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or (ours.dtype == theirs.dtype and np.array_equal(ours, theirs)), table

@@ -376,3 +376,9 @@ def test_bad_rules_are_named(rules, shown):
     with pytest.raises(OptionError) as caught:
         StopRules(**rules)
     assert shown in str(caught.value)
+
+
+def test_a_usage_says_what_share_of_its_time_was_waiting_for_experts():
+    usage = Usage(generated_tokens=5, ttft_s=1.0, tpot_s=0.25, flash_wait_s=0.5, expert_hits=1, expert_misses=3)
+    assert usage.flash_wait_share == 0.25 and usage.hit_rate == 0.25
+    assert Usage().flash_wait_share == 0 and Usage().hit_rate is None

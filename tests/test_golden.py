@@ -18,7 +18,8 @@ def routed(name: str, **options: Any) -> tuple[Any, Any, Any]:
     path, expected = golden(name)
     engine, session = engine_of(path, **options)
     ids: list[Any] = []
-    engine.trace = lambda layer, routes: ids.append(np.sort(routes.ids, axis=1))
+    layers = range(engine.config.n_layers)
+    engine.trace = lambda device: ids.extend(np.sort(device.chosen(layer)[0], axis=1) for layer in layers)
     logits = run(engine, session, expected["tokens"].tolist())
     return expected, logits, np.array(ids)
 

@@ -98,8 +98,19 @@ def test_a_new_folder_removes_those_not_used_for_long(tmp_path: Path) -> None:
 def test_the_stamp_covers_all_kernel_sources() -> None:
     stamp = jit.source_stamp()
     assert len(stamp) == 24 and stamp == jit.source_stamp()
-    folders = {folder.name for folder in map(jit._folder, jit._FOLDERS)}
-    assert folders == {"quant", "devices", "experts"}
+    covered = {folder.name for folder in map(jit._folder, jit._FOLDERS)}
+    root = Path(__file__).resolve().parents[1]
+    sources = [
+        path
+        for folder in ("quant", "devices", "experts", "storage", "edgert")
+        for path in (root / folder).rglob("*.py")
+    ]
+    with_kernels = {
+        path.relative_to(root).parts[0]
+        for path in sources
+        if "\n@kernel" in path.read_text() or "\n@inner" in path.read_text()
+    }
+    assert with_kernels == covered == {"quant", "devices"}
 
 
 def test_without_the_compiler_answers_stay_the_same(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from edgert.bench import Runner, Test, context_for, tests_of
+from edgert.bench import tests_of
+from edgert.bench_runner import Runner, Test, context_for
 from edgert.loading import load_parts
 
 _SHORT = {"prompt": 128, "generate": 16}  # tokens of the runs that look for the peer's best settings
@@ -172,6 +173,10 @@ def _serve(line: Any, model: str, context: int, threads: int) -> None:
         parts = load_parts(
             model,
             memory=None,
+            residency=None,
+            policy="auto",
+            prefetch="auto",
+            trace=None,
             context=context,
             threads=threads,
             device="auto",
@@ -184,7 +189,7 @@ def _serve(line: Any, model: str, context: int, threads: int) -> None:
         while True:
             test, repetitions = line.recv()
             runner.prepare(test)
-            line.send([runner.run(test)[0] for _ in range(repetitions)])
+            line.send([runner.run(test).seconds for _ in range(repetitions)])
     except (EOFError, KeyboardInterrupt):
         return
     except Exception as problem:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgert.cli import bench, chat, generate, inspect, perplexity, warmup
+from edgert.cli import bench, cache, chat, doctor, generate, inspect, pack, perplexity, replay, verify, warmup
 
 app = typer.Typer(
     name="edgert",
@@ -19,10 +19,15 @@ app = typer.Typer(
 )
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
-app.command("inspect")(inspect.inspect_model)
+app.command("inspect", cls=inspect.InspectCommand)(inspect.inspect_model)
 app.command("perplexity")(perplexity.perplexity)
 app.command("bench")(bench.bench)
+app.command("replay")(replay.replay)
 app.command("warmup")(warmup.warmup)
+app.command("pack")(pack.pack)
+app.command("verify")(verify.verify)
+app.add_typer(cache.app, name="cache")
+app.command("doctor")(doctor.doctor)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,58 +1,135 @@
-"""`edgert bench`: prompts and generation as llama-bench measures them, beside what the machine could do at most."""
+"""`edgert bench`: prompts and generation as llama-bench measures them, beside what the machine could do at most.
+
+With several residencies or policies: the residency curve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgert.cli import output
+from edgert.cli import bench_tables, output
 from edgert.cli.interrupts import while_loading
-from edgert.cli.options import Chosen, Json, ModelName, command
+from edgert.cli.options import Chosen, Json, ModelName, command, parse_shares
 from edgert.errors import OptionError
 
 if TYPE_CHECKING:
-    from edgert.bench import Report, Test
+    from edgert.bench import Report
+    from edgert.bench_runner import Test
     from edgert.model import Model
 
-Prompts = Annotated[str, typer.Option("--prompt", "-p", metavar="N,...", help="Tokens of prompts; empty: none.")]
-Generations = Annotated[str, typer.Option("--generate", "-n", metavar="N,...", help="Tokens to generate; empty: none.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", "-p", metavar="N,...", help="Tokens of prompts; 512,128 if not set, none for a curve. Empty: none."
+    ),
+]
+Generations = Annotated[
+    str,
+    typer.Option("--generate", "-n", metavar="N,...", help="Random tokens to run one after the other; empty: none."),
+]
+Texts = Annotated[
+    str | None,
+    typer.Option(
+        "--text", metavar="N,...", help="Tokens of the model's own text, sampled; for a curve 64 if not set, else none."
+    ),
+]
 Depths = Annotated[str, typer.Option("--depth", "-d", metavar="N,...", help="Tokens in the cache before each test.")]
 Repetitions = Annotated[int, typer.Option("--repetitions", "-r", metavar="N", min=1, help="Runs of each test.")]
+Residencies = Annotated[
+    str | None,
+    typer.Option(
+        "--residency",
+        metavar="SHARE,...",
+        help="Hold these shares of the experts in RAM, such as 12.5%,25%,50%,100%; several: the residency curve.",
+        rich_help_panel="Runtime",
+    ),
+]
+Policies = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME,...",
+        help="Which experts stay in RAM: lru, lfu, lfru, edgemoe, cost, pinned; several: compare them.",
+        rich_help_panel="Runtime",
+    ),
+]
 
 
 @command()
 def bench(
     model: ModelName = None,
-    prompt: Prompts = "512,128",
+    prompt: Prompts = None,
     generate: Generations = "64",
+    text: Texts = None,
     depth: Depths = "0",
     repetitions: Repetitions = 5,
+    residency: Residencies = None,
+    policy: Policies = None,
     json: Json = False,
     *,
     chosen: Chosen,
 ) -> None:
     """Measure a model's speed; the last line is one JSON document.
 
-    Shares are of what this machine reaches in the same run: reading memory (up to 1 GiB more is taken for it), and dot
-    products of int8 in registers. The context is as long as the tests need, unless --context says more.
+    Shares are of what this machine reaches in the same run: reading memory (up to 1 GiB more is taken for it), dot
+    products of int8 in registers, and reading flash. The context is as long as the tests need, unless --context says
+    more. Several residencies or policies give the residency curve: the same tokens at each, once the buffer is full.
     """
-    from edgert.bench import context_for, tests_of
+    from edgert.bench import WARM, tests_of
+    from edgert.bench_runner import context_for
 
+    shares = parse_shares(residency) if residency else []
+    policies = [name.strip() for name in policy.split(",")] if policy else []
+    is_curve = len(shares) > 1 or len(policies) > 1
+    prompt = prompt if prompt is not None else "" if is_curve else "512,128"
+    text = text if text is not None else "64" if is_curve else ""
     tests = tests_of(
-        parse_counts("--prompt", prompt), parse_counts("--generate", generate), parse_counts("--depth", depth)
+        parse_counts("--prompt", prompt),
+        parse_counts("--generate", generate),
+        parse_counts("--depth", depth),
+        parse_counts("--text", text),
     )
-    runtime = {"context": context_for(tests), **chosen.runtime}
-    with output.open_model(model, runtime) as opened:
-        report = _run(opened, tests, repetitions, chosen.runtime.get("memory"))
-    document = report.as_json()
+    runtime = {"context": context_for(tests, repetitions, WARM if is_curve else 1), **chosen.runtime}
+    if is_curve:
+        document = _curve(model, runtime, shares, policies or ["auto"], tests, repetitions)
+    else:
+        runtime |= {"residency": shares[0]} if shares else {}
+        runtime |= {"policy": policies[0]} if policies else {}
+        with output.open_model(model, runtime) as opened:
+            document = _run(opened, tests, repetitions, runtime.get("memory")).as_json()
     if not json:
-        show(document)
+        bench_tables.show(document)
     output.write_json(document, in_one_line=True)
 
 
-def _run(model: Model, tests: list[Test], repetitions: int, memory: str | None) -> Report:
+def _curve(
+    model: str | None,
+    runtime: Mapping[str, Any],
+    shares: list[float],
+    policies: list[str],
+    tests: list[Test],
+    repetitions: int,
+) -> dict[str, Any]:
+    """The document of a residency curve."""
+    from edgert.residency_bench import measure_curve
+
+    if not shares:
+        raise OptionError("--policy compares several only at given residencies: add for example --residency 25%,50%")
+
+    def measure(share: float, policy: str) -> Report:
+        with output.open_model(model, {**runtime, "residency": share, "policy": policy}) as opened:
+            where = f"residency {share:.4g}" + (f", {policy}" if len(policies) > 1 else "")
+            return _run(opened, tests, repetitions, runtime.get("memory"), steady=True, where=where)
+
+    return measure_curve(shares, policies, measure).as_json()
+
+
+def _run(
+    model: Model, tests: list[Test], repetitions: int, memory: str | None, *, steady: bool = False, where: str = ""
+) -> Report:
     """The measurement, with progress drawn between runs only: a thread that draws would take time from them."""
     with output.progress("measuring", live=False) as draw, while_loading(draw) as waiting:
         last = ""
@@ -60,12 +137,12 @@ def _run(model: Model, tests: list[Test], repetitions: int, memory: str | None) 
         def report(stage: str, fraction: float) -> None:
             nonlocal last
             if stage != last:
-                waiting.report(stage, fraction)
+                waiting.report(f"{where}: {stage}" if where else stage, fraction)
             elif not stage.startswith("compiling"):
                 waiting.check()
             last = stage
 
-        return model.bench(tests, repetitions=repetitions, memory=memory, progress=report)
+        return model.bench(tests, repetitions=repetitions, memory=memory, steady=steady, progress=report)
 
 
 def parse_counts(option: str, text: str) -> list[int]:
@@ -74,84 +151,3 @@ def parse_counts(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise OptionError(f"{option} {text!r} is not a list of numbers: write for example 512,128") from None
-
-
-# ---- for a person ----------------------------------------------------------------------------------------------------
-_COLUMNS = (
-    "test",
-    "tok/s",
-    "min - max",
-    "first token",
-    "per token",
-    "read a token",
-    "GB/s",
-    "of read",
-    "Gop/s",
-    "of int8",
-)
-
-
-def show(document: dict[str, Any]) -> None:
-    """The report as tables, as wide as they are: a pipe gets them whole."""
-    from rich.table import Table
-
-    screen = output.console()
-    for line in _heading(document):
-        screen.print(line, style="dim")
-    table = Table(*_COLUMNS, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for test in document["tests"]:
-        table.add_row(*_cells(test))
-    screen.width = max(screen.width, 140)
-    screen.print()
-    screen.print(table)
-    screen.print()
-    for test in document["tests"]:
-        screen.print(f"{test['test']}: {_phases(test['phases_s_per_token'])}")
-
-
-def _heading(document: dict[str, Any]) -> Iterator[str]:
-    """What was measured, and what the machine can do."""
-    model, machine, ceiling = document["model"], document["machine"], document["ceiling"]
-    threads = f"{machine['threads']} threads" if machine["threads"] > 1 else "1 thread"
-    size, runs = output.binary_size(model["file_bytes"]), document["settings"]["repetitions"]
-    yield output.harmless(f"{model['name']}, {size}; medians of {runs} runs")
-    yield output.harmless(f"{machine['cpu']}, {threads}, {machine['instructions'] or 'nothing compiled'}")
-    if ceiling is None:
-        return
-    parts = [f"{ceiling['int8_gop_per_s']:,.0f} G int8 operations/s"]
-    if ceiling["read_gb_per_s"] is None:
-        parts.append("memory speed not measured, too little is free")
-    else:
-        of = output.binary_size(ceiling["read_bytes"])
-        of += "" if ceiling["read_bytes"] >= 1 << 30 else ", no more was free: caches may help"
-        parts.insert(0, f"reads {ceiling['read_gb_per_s']:.1f} GB/s ({of})")
-    yield "this machine, in this run: " + ", ".join(parts)
-
-
-def _cells(test: dict[str, Any]) -> tuple[str, ...]:
-    """One row of the table."""
-    return (
-        test["test"],
-        f"{test['tokens_per_s']:.1f}",
-        f"{test['tokens_per_s_min']:.1f} - {test['tokens_per_s_max']:.1f}",
-        "" if test["ttft_s"] is None else f"{test['ttft_s']:.3f} s",
-        "" if test["tpot_s"] is None else f"{test['tpot_s'] * 1e3:.2f} ms",
-        output.binary_size(test["bytes_per_token"]),
-        f"{test['read_gb_per_s']:.1f}",
-        _percent(test["read_share"]),
-        f"{test['int8_gop_per_s']:.1f}",
-        _percent(test["int8_share"]),
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
-
-
-def _phases(phases: dict[str, float]) -> str:
-    """Shares of one run that went layer by layer."""
-    whole = sum(phases.values())
-    parts = sorted(phases.items(), key=lambda phase: -phase[1])
-    return ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts if seconds >= 0.005 * whole)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from edgert.cli import output
 from edgert.cli.options import Chosen, Json, ModelName, command
@@ -15,31 +17,59 @@ Context = Annotated[
     int | None,
     typer.Option("--context", metavar="N", help="The context that memory is counted for.", show_default=False),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="[SIZE]",
+        help="Plan for this budget, such as 900MiB or 50%; without SIZE, for what load would take.",
+        show_default=False,
+    ),
+]
 Cpu = Annotated[
     bool, typer.Option("--cpu", help="Show the machine instead: instructions, threads, caches, compiled kernels.")
 ]
 
+_SIZE = re.compile(r"auto|\d+(\.\d+)?\s*([A-Za-z]{0,3}|%)")
+
 # Which numbers are sizes in bytes: all in these sections but the counts among them, and these keys anywhere.
 _BYTE_SECTIONS = {"bytes", "tensor_types", "memory", "caches"}
 _BYTE_KEYS = {"bytes", "bytes_each", "working_set", "n_bytes"}
-_COUNTS = {"context", "threads"}
+_COUNTS = {"context", "chunk", "threads"}
+
+
+class InspectCommand(TyperCommand):
+    """Lets --memory stand without a size, which typer's options cannot."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put "auto" behind a --memory that no size follows."""
+        for at in reversed(range(len(args))):
+            if args[at] == "--memory" and not _SIZE.fullmatch("".join(args[at + 1 : at + 2])):
+                args.insert(at + 1, "auto")
+        return super().parse_args(ctx, args)
 
 
 @command(runtime=False)
 def inspect_model(
-    model: ModelName = None, context: Context = None, cpu: Cpu = False, json: Json = False, *, chosen: Chosen
+    model: ModelName = None,
+    context: Context = None,
+    memory: Memory = None,
+    cpu: Cpu = False,
+    json: Json = False,
+    *,
+    chosen: Chosen,
 ) -> None:
     """Show a model's architecture, sizes, experts, tokenizer, template and memory; or the machine, with --cpu."""
     if cpu:
-        if model is not None or context is not None:
-            raise OptionError("--cpu shows the machine alone: leave the model and --context away")
+        if model is not None or context is not None or memory is not None:
+            raise OptionError("--cpu shows the machine alone: leave the model, --context and --memory away")
         from edgert import machine
 
         description = machine.describe()
     else:
         from edgert.model import describe
 
-        description = describe(model, context=context)
+        description = describe(model, context=context, memory=memory)
     if json:
         output.write_json(description)
     else:
@@ -96,6 +126,8 @@ def as_text(key: str, value: Any, in_bytes: bool) -> str:
             return output.binary_size(value)
         return f"{value / 1e6:,.1f} million ({value:,})" if key == "parameters" else f"{value:,}"
     if isinstance(value, float):
+        if key == "residency":
+            return f"{value:.1%}"
         return f"{value:,.4g}"
     if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, str):
         return ", ".join(as_text(key, one, in_bytes) for one in value) or "none"

@@ -18,11 +18,16 @@ import typer
 
 from edgert.cli.output import guarded
 from edgert.errors import OptionError
+from edgert.memory import parse_share
 from edgert.sampling import Sampling
 
 ModelName = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A GGUF file; none: the embedded model.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, a bundle (.edge) or a Hugging Face folder; none: the embedded model.",
+        show_default=False,
+    ),
 ]
 Prompt = Annotated[
     str | None,
@@ -52,7 +57,11 @@ _ENDING: dict[str, Row] = {
 _RUNTIME: dict[str, Row] = {
     "context": (int, "N", "Tokens of prompt and answers together; the model's own, at most 4096, if not set."),
     "threads": (int, "N", "Threads to compute with; the physical cores if not set."),
-    "memory": (str, "SIZE", "What the process may use, such as 900MiB."),
+    "memory": (str, "SIZE", "What the process may use, such as 900MiB or 50%; what is free, less some, if not set."),
+    "residency": (str, "SHARE", "Hold this share of the experts in RAM, such as 25%, instead of what fits."),
+    "policy": (str, "NAME", "Which experts stay in RAM: lru, lfu, lfru, edgemoe, cost, pinned; auto if not set."),
+    "prefetch": (str, "auto|always|off", "Read experts before they are asked for; auto if not set: where it pays."),
+    "trace": (str, "FILE", "Write the routes of the last tokens to a file, for `edgert replay`."),
     "kv_type": (str, "f16|f32|int8", "Precision of the attention cache; f16 if not set, int8 is lossy."),
     "activations": (str, "int8|f32", "Precision of activations, f32 to verify; int8 if not set."),
     "device": (str, "NAME", "Where to compute; auto if not set."),
@@ -88,13 +97,17 @@ def command(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function, eval_str=True)
-        parameters = [p for p in own.parameters.values() if p.name != "chosen"] + shared
+        others = [p for p in shared if p.name not in own.parameters]  # a command may have its own of that name
+        parameters = [p for p in own.parameters.values() if p.name != "chosen"] + others
 
         @functools.wraps(function)
         def gather(**values: Any) -> None:
             if values.get("model") == "":
-                raise OptionError("the model name is empty: give a GGUF file, or nothing for the embedded model")
-            function(chosen=_chosen(values, shared), **values)
+                raise OptionError(
+                    "the model name is empty: give a GGUF file, a bundle or a Hugging Face folder, "
+                    "or nothing for the embedded model"
+                )
+            function(chosen=_chosen(values, others), **values)
 
         run = guarded(gather)
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]   # what typer reads
@@ -113,6 +126,10 @@ def _chosen(values: dict[str, Any], shared: list[inspect.Parameter]) -> Chosen:
     )
     if "logit_bias" in sampling:
         sampling["logit_bias"] = parse_bias(sampling["logit_bias"])
+    if "residency" in runtime:
+        runtime["residency"], *more = parse_shares(runtime["residency"])
+        if more:
+            raise OptionError("--residency: give one share; `edgert bench` alone takes several")
     Sampling().changed(**sampling)
     return Chosen(sampling, ending, runtime)
 
@@ -137,6 +154,14 @@ def parse_bias(pairs: list[str]) -> dict[int, float]:
         except ValueError:
             raise OptionError(f"--logit-bias {pair!r} is not ID=VALUE: give an id and a number") from None
     return bias
+
+
+def parse_shares(text: str) -> list[float]:
+    """The shares of "12.5%,0.25"; OptionError for anything else."""
+    shares = [parse_share(part) for part in filter(None, map(str.strip, text.split(",")))]
+    if not shares:
+        raise OptionError("--residency names no share; write for example 12.5%,25%")
+    return shares
 
 
 def read_prompt(prompt: str | None) -> str | None:

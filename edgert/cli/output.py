@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 1.0  # a prompt that takes longer than this to read is said to be read
 
+_DERIVED = ("tokens_per_s", "hit_rate", "flash_wait_share")  # of a usage, beside what it counts
+
 # What ends a command, or a turn of a chat, in one line; want of memory shows as any of the last four.
 FAILURES = (KeyboardInterrupt, EdgertError, OSError, MemoryError, SystemError, ImportError)
 
@@ -156,6 +158,8 @@ def open_model(name: str | None, runtime: Mapping[str, Any]) -> Iterator[Model]:
         model = edgert.load(name, progress=loading.report, **runtime)
     with model:
         loading.check()
+        if model.memory.warning:
+            note(model.memory.warning)
         yield model
 
 
@@ -210,12 +214,13 @@ def note_full_context(completion: Completion, model: Model) -> None:
 
 def as_json(completion: Completion, model: Model, before: str = "") -> dict[str, Any]:
     """What --json prints for an answer; `before` is text that goes before the answer's."""
+    usage = completion.usage
     return {
         "model": model.name,
         "text": before + completion.text,
         "finish_reason": completion.finish_reason,
         "stop": completion.stop,
-        "usage": {**asdict(completion.usage), "tokens_per_s": completion.usage.tokens_per_s},
+        "usage": {**asdict(usage), **{name: getattr(usage, name) for name in _DERIVED}},
     }
 
 

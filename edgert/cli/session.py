@@ -160,6 +160,8 @@ def status_line(completion: Completion, n_context: int) -> str:
         f"prompt {new:,} new + {usage.cached_tokens:,} reused",
         f"context {min(used, n_context):,} of {n_context:,}",
     ]
+    if usage.bytes_read and usage.hit_rate is not None:
+        parts.append(f"experts {usage.hit_rate:.0%} in memory, {output.binary_size(usage.bytes_read)} read")
     ended = {"cancelled": "stopped", "length": "cut at --max-tokens"}.get(completion.finish_reason or "")
     return "[" + "; ".join([ended, *parts] if ended else parts) + "]"
 
@@ -172,8 +174,14 @@ def stats(usage: Usage) -> Iterator[str]:
     yield f"prompt: {usage.prompt_tokens:,} tokens, {usage.cached_tokens:,} of them reused"
     times = f"first after {usage.ttft_s:.2f} s, then {usage.tpot_s * 1e3:.1f} ms each"
     yield f"answer: {usage.generated_tokens:,} tokens, {times}"
-    experts = usage.expert_hits + usage.expert_misses
-    if experts:
-        share = usage.expert_hits / experts
-        yield f"experts: {usage.expert_hits:,} of {experts:,} were in memory ({share:.1%})"
-    yield f"read from storage: {output.binary_size(usage.bytes_read)}"
+    if usage.hit_rate is not None:
+        experts = usage.expert_hits + usage.expert_misses
+        yield f"experts: {usage.expert_hits:,} of {experts:,} were in memory ({usage.hit_rate:.1%})"
+    if usage.bytes_read:
+        waited = f"{usage.flash_wait_share:.0%} of the time was spent waiting for it"
+        yield f"read from flash: {output.binary_size(usage.bytes_read)}; {waited}"
+    ahead = {name: getattr(usage, f"prefetch_{name}") for name in ("useful", "late", "wasted", "evicted")}
+    if usage.prefetch:
+        yield f"reading ahead: {usage.prefetch}"
+    if any(ahead.values()):
+        yield "read ahead: " + ", ".join(f"{output.binary_size(size)} {name}" for name, size in ahead.items())

@@ -1,0 +1,100 @@
+"""What `edgert inspect` says of a model: architecture, sizes, experts, tokenizer, memory; no weights are read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgert.architectures import read_config
+from edgert.loading import context_of, name_of, open_model, resolve, words
+from edgert.memory import Needs, budget_for, plan_memory
+from edgert.needs import needs
+from edgert.storage.bundle import Bundle
+from edgert.storage.tensor_file import TensorFile
+from edgert.types import ModelConfig
+from edgert.weights import Weights
+
+
+def describe(
+    path_or_name: str | Path | None = None,
+    *,
+    context: int | None = None,
+    kv_type: str = "f16",
+    memory: str | int | float | None = None,
+) -> dict[str, Any]:
+    """What `edgert inspect` prints, without reading the weights.
+
+    memory: the budget to plan for, "auto" the one that load takes; None: what the model needs with all experts in RAM.
+    """
+    path = resolve(path_or_name)
+    with contextlib.closing(open_model(path)) as file:
+        config = read_config(file.metadata, str(path))
+        weights = Weights(file, config)
+        n_context = context_of(context, config)
+        tokenizer, template = words(file)
+        needed = needs(weights, n_context, kv_type)
+        types: Counter[str] = Counter()
+        for _, kind, n_bytes in _tensors(file, weights):
+            types[kind] += n_bytes
+        parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+        cold = sum(n_bytes for name, _, n_bytes in _tensors(file, weights) if weights.is_cold(name))
+        total = sum(types.values())
+        return {
+            "path": str(path),
+            "name": name_of(file),
+            "architecture": config.architecture,
+            "parameters": parameters,
+            "bpw": 8 * total / parameters,
+            "bytes": {"total": file.n_bytes, "hot": total - cold, "cold": cold},
+            "tensor_types": dict(types.most_common()),
+            "layers": config.n_layers,
+            "embedding_length": config.d_model,
+            "context_length": config.n_context,
+            "experts": _experts(config, cold),
+            "vocabulary": {"model": tokenizer.model, "pre": tokenizer.pre, "size": config.n_vocab},
+            "tokenizer": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "stop": sorted(tokenizer.stop_ids)},
+            "template": {
+                "source": "ChatML default" if template.is_default else "model",
+                "supports_system": template.supports_system,
+                "supports_tools": template.supports_tools,
+            },
+            "memory": _ledger(needed, memory),
+        }
+
+
+def _tensors(file: TensorFile | Bundle, weights: Weights) -> Iterator[tuple[str, str, int]]:
+    """Name, type and stored bytes of every tensor; experts of a bundle count as the tensors that they were."""
+    for name in weights.shapes:
+        if isinstance(file, Bundle):
+            yield name, weights.format_of(name).name, weights.bytes_of(name)
+        else:
+            info = file.tensors[name]
+            yield name, info.type.name, info.n_bytes
+
+
+def _ledger(needed: Needs, memory: str | int | float | None) -> dict[str, Any]:
+    """The memory that a model takes under a budget, or all that it needs."""
+    if memory is None:
+        return replace(needed.plan(max(needed.work)), floor=needed.floor().total).as_dict()
+    budget = budget_for(memory)
+    plan = plan_memory(needed, budget)
+    return {"budget": budget.n_bytes, **plan.as_dict(), **({"warning": plan.warning} if plan.warning else {})}
+
+
+def _experts(config: ModelConfig, cold: int) -> dict[str, int] | None:
+    if config.router is None:
+        return None
+    count = config.router.n_expert * config.n_layers
+    return {
+        "count": config.router.n_expert,
+        "used": config.router.top_k,
+        "shared": int(config.d_shared > 0),
+        "layers": config.n_layers,
+        "bytes_each": cold // count,
+        "working_set": cold // count * config.router.top_k * config.n_layers,
+    }

@@ -1,0 +1,318 @@
+"""From config.json and generation_config.json to GGUF's metadata: one row of a table for each class of `transformers`.
+
+What the class would do and edgert does not is refused by key and value. Keys that the class does not read are passed
+over, as `transformers` passes them over. Tensors and tokenizers are not known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edgert.errors import UnsupportedError
+from edgert.storage.json_file import JsonObject, short
+from edgert.types import Floats
+
+# Caps far above any real model: they bound what is made before the sizes of the tensors are seen.
+_MAX_EXPERTS = 1 << 16
+_MAX_LAYERS = 1 << 16
+_MAX_VOCABULARY = 1 << 20
+_MAX_HEAD = 1 << 16
+
+_ATTENTION = {
+    "input_layernorm.weight": ("attn_norm.weight",),
+    "post_attention_layernorm.weight": ("ffn_norm.weight",),
+    "self_attn.q_norm.weight": ("attn_q_norm.weight",),
+    "self_attn.k_norm.weight": ("attn_k_norm.weight",),
+} | {
+    f"self_attn.{theirs}_proj.{kind}": (f"attn_{ours}.{kind}",)
+    for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
+    for kind in ("weight", "bias")
+}
+_DENSE = {f"mlp.{part}_proj.weight": (f"ffn_{part}.weight",) for part in ("gate", "up", "down")}
+_STACKED = {  # as transformers 5 has them in memory, and as some tools save them
+    "mlp.gate.weight": ("ffn_gate_inp.weight",),
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+}
+_EXPERTS = _STACKED | {
+    f"mlp.experts.{{e}}.{part}_proj.weight": (f"ffn_{part}_exps.weight",) for part in ("gate", "up", "down")
+}
+_MIXTRAL = _STACKED | {
+    "block_sparse_moe.gate.weight": ("ffn_gate_inp.weight",),
+    "block_sparse_moe.experts.{e}.w1.weight": ("ffn_gate_exps.weight",),
+    "block_sparse_moe.experts.{e}.w3.weight": ("ffn_up_exps.weight",),
+    "block_sparse_moe.experts.{e}.w2.weight": ("ffn_down_exps.weight",),
+}
+_SHARED = {
+    f"mlp.shared_expert.{part}_proj.weight": (f"ffn_{part}_shexp.weight",) for part in ("gate", "up", "down")
+} | {"mlp.shared_expert_gate.weight": ("ffn_gate_inp_shexp.weight",)}
+_GRANITE = {
+    "block_sparse_moe.router.layer.weight": ("ffn_gate_inp.weight",),
+    "block_sparse_moe.input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "block_sparse_moe.output_linear.weight": ("ffn_down_exps.weight",),
+    "block_sparse_moe.router.weight": ("ffn_gate_inp.weight",),  # this and the next two: as transformers 5 has them
+    "block_sparse_moe.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "block_sparse_moe.experts.down_proj": ("ffn_down_exps.weight",),
+    "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+    "shared_mlp.output_linear.weight": ("ffn_down_shexp.weight",),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one class of `transformers` is in GGUF.
+
+    names: a layer's tensors; two names on the right are the first and second half of the rows (of each expert); {e} is
+    an expert's number. interleaves: GGUF turns neighbouring rows of q and k where `transformers` turns halves of a
+    head. eps, base: the class's defaults. normalises: what `norm_topk_prob` must be, None where there is no such key.
+    window: whether `sliding_window` counts without `use_sliding_window`.
+    """
+
+    architecture: str
+    names: Mapping[str, tuple[str, ...]] = field(repr=False)
+    interleaves: bool = False
+    eps: float = 1e-6
+    base: float = 10_000.0
+    normalises: bool | None = None
+    window: bool = False
+    routed: bool = True
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama", _ATTENTION | _DENSE, interleaves=True, routed=False),
+    "MistralForCausalLM": Family("llama", _ATTENTION | _DENSE, interleaves=True, window=True, routed=False),
+    "MixtralForCausalLM": Family("llama", _ATTENTION | _MIXTRAL, interleaves=True, eps=1e-5, base=1e6, window=True),
+    "OlmoeForCausalLM": Family("olmoe", _ATTENTION | _EXPERTS, eps=1e-5, normalises=False),
+    "Qwen2MoeForCausalLM": Family("qwen2moe", _ATTENTION | _EXPERTS | _SHARED, normalises=False),
+    "Qwen3MoeForCausalLM": Family("qwen3moe", _ATTENTION | _EXPERTS, normalises=True),
+    "GraniteMoeForCausalLM": Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True),
+    "GraniteMoeSharedForCausalLM": Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True),
+}
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """What config.json says, checked. rope_divisors: of the rotation's frequencies, (d_head / 2,), or None."""
+
+    family: Family
+    n_layers: int
+    n_expert: int  # 0: dense
+    d_head: int
+    n_vocab: int
+    tied: bool  # the head is the embedding table
+    metadata: dict[str, Any]
+    rope_divisors: Floats | None
+
+
+def read_folder_config(config: JsonObject) -> FolderConfig:
+    """What a model's config.json says.
+
+    Raises UnsupportedError for a class, key or value that edgert does not honour, ModelFileError for what makes no
+    sense.
+    """
+    family = _family(config)
+    _refuse_unsupported(config, family)
+    keys = _shape_keys(config, family)
+    if family.routed:
+        keys |= _expert_keys(config, family)
+    if family.architecture == "granitemoe":
+        keys |= _multiplier_keys(config)
+    d_head = keys["attention.key_length"]
+    rope, divisors = _rope(config, family, d_head)
+    prefixed = {f"{family.architecture}.{key}": value for key, value in (keys | rope).items()}
+    return FolderConfig(
+        family=family,
+        n_layers=keys["block_count"],
+        n_expert=keys.get("expert_count", 0),
+        d_head=d_head,
+        n_vocab=keys["vocab_size"],
+        tied=config.boolean("tie_word_embeddings", False),
+        metadata={"general.architecture": family.architecture, **prefixed},
+        rope_divisors=divisors,
+    )
+
+
+def single(value: float) -> float:
+    """A number as GGUF keeps it, so that a model is the same from either: rounded to single precision."""
+    with np.errstate(over="ignore"):  # the infinity is refused by whoever reads the key
+        return float(np.float32(value))
+
+
+def sampling_keys(generation: JsonObject) -> dict[str, Any]:
+    """GGUF's general.sampling.* keys for what a generation_config.json recommends.
+
+    Raises ModelFileError for values that make no sense.
+    """
+    keys: dict[str, Any] = {
+        f"general.sampling.{ours}": single(generation.number(theirs))
+        for ours, theirs in (
+            ("temp", "temperature"),
+            ("top_p", "top_p"),
+            ("min_p", "min_p"),
+            ("penalty_repeat", "repetition_penalty"),
+        )
+        if generation.get(theirs) is not None
+    }
+    if generation.get("top_k") is not None:
+        keys["general.sampling.top_k"] = generation.integer("top_k")
+    return keys
+
+
+def _family(config: JsonObject) -> Family:
+    names = config.array("architectures")
+    if len(names) != 1 or not isinstance(names[0], str):
+        config.wrong("architectures", names, "a list with the name of one class")
+    if names[0] not in FAMILIES:
+        config.refuse(
+            "architectures", f"supported are {', '.join(FAMILIES)}: take one of these, or a GGUF of the model"
+        )
+    return FAMILIES[names[0]]
+
+
+def _refuse_unsupported(config: JsonObject, family: Family) -> None:
+    """Raise UnsupportedError for the first setting that would change the answers."""
+    if config.get("quantization_config") is not None:
+        method = config.object("quantization_config").get("quant_method")
+        raise UnsupportedError(
+            f"{config.where}: the key quantization_config is there, the weights are quantised ({short(method)}); "
+            "take the model in BF16, F16 or F32, or as GGUF"
+        )
+    if config.text("hidden_act", "silu") not in ("silu", "swish"):
+        config.refuse("hidden_act", "the only activation that edgert has for this class is silu")
+    if config.get("clip_qkv") is not None:
+        config.refuse("clip_qkv", "edgert does not clip: take another model")
+    if config.number("partial_rotary_factor", 1.0) != 1:
+        config.refuse("partial_rotary_factor", "edgert rotates whole heads of this class: take another model")
+    if family.normalises is not None and config.boolean("norm_topk_prob", False) != family.normalises:
+        config.refuse("norm_topk_prob", f"edgert runs this class with {str(family.normalises).lower()}")
+    if config.integer("decoder_sparse_step", 1, least=1) != 1:
+        config.refuse("decoder_sparse_step", "edgert runs this class with experts in every layer (1)")
+    if config.array("mlp_only_layers"):
+        config.refuse("mlp_only_layers", "edgert runs this class with experts in every layer ([])")
+    _refuse_window(config, family)
+
+
+def _refuse_window(config: JsonObject, family: Family) -> None:
+    """Raise UnsupportedError for a sliding window that is narrower than the context."""
+    counts = config.boolean("use_sliding_window", family.window)
+    kinds = config.array("layer_types")
+    if any(kind != "full_attention" for kind in kinds) or (counts and not kinds):
+        width, context = config.integer("sliding_window", 0), config.integer("max_position_embeddings", least=1)
+        if 0 < width < context:
+            config.refuse(
+                "sliding_window",
+                f"edgert attends to all {context:,} positions (max_position_embeddings): within the window both are "
+                "the same, so set max_position_embeddings to its width",
+            )
+        if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+            config.refuse("layer_types", f"edgert does not know {short(unknown[0])}: take another model")
+
+
+def _shape_keys(config: JsonObject, family: Family) -> dict[str, Any]:
+    n_heads, d_model = config.integer("num_attention_heads", least=1), config.integer("hidden_size", least=1)
+    d_head = config.integer("head_dim", d_model // n_heads, least=1, most=_MAX_HEAD)
+    return {
+        "block_count": config.integer("num_hidden_layers", least=1, most=_MAX_LAYERS),
+        "context_length": config.integer("max_position_embeddings", least=1),
+        "embedding_length": d_model,
+        "feed_forward_length": config.integer("intermediate_size", least=1),
+        "attention.head_count": n_heads,
+        "attention.head_count_kv": config.integer("num_key_value_heads", n_heads, least=1),
+        "attention.key_length": d_head,
+        "attention.value_length": d_head,
+        "attention.layer_norm_rms_epsilon": single(config.number("rms_norm_eps", family.eps)),
+        "rope.dimension_count": d_head,
+        "vocab_size": config.integer("vocab_size", least=1, most=_MAX_VOCABULARY),
+    }
+
+
+def _multiplier_keys(config: JsonObject) -> dict[str, Any]:
+    """Granite's four multipliers; the class's defaults are 1, where a GGUF without attention.scale means 1/sqrt(d)."""
+    names = {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    }
+    return {ours: single(config.number(theirs, 1.0)) for ours, theirs in names.items()}
+
+
+def _expert_keys(config: JsonObject, family: Family) -> dict[str, Any]:
+    name = "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
+    n_expert = config.integer(name, least=1, most=_MAX_EXPERTS)
+    if config.integer("num_experts", n_expert) != n_expert:
+        config.wrong("num_experts", config.get("num_experts"), f"num_local_experts = {n_expert}")
+    keys = {"expert_count": n_expert, "expert_used_count": config.integer("num_experts_per_tok", least=1)}
+    if family.architecture in ("qwen2moe", "qwen3moe"):
+        keys["expert_feed_forward_length"] = config.integer("moe_intermediate_size", least=1)
+    if family.architecture == "qwen2moe":
+        keys["expert_shared_feed_forward_length"] = config.integer("shared_expert_intermediate_size", least=1)
+    if family is FAMILIES["GraniteMoeSharedForCausalLM"]:
+        keys["expert_shared_feed_forward_length"] = config.integer("shared_intermediate_size", 1024)
+    return keys
+
+
+def _rope(config: JsonObject, family: Family, d_head: int) -> tuple[dict[str, Any], Floats | None]:
+    """GGUF's rope keys, and the divisors of the frequencies where the scaling is llama3's.
+
+    transformers 5 writes all of it into rope_parameters, 4 the base into rope_theta and the rest into rope_scaling.
+    """
+    rope = config.object("rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling")
+    base = rope.number("rope_theta", config.number("rope_theta", family.base))
+    if base <= 0:
+        rope.wrong("rope_theta", base, "a number above zero")
+    if rope.number("partial_rotary_factor", 1.0) != 1:
+        rope.refuse("partial_rotary_factor", "edgert rotates whole heads of this class: take another model")
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    keys: dict[str, Any] = {"rope.freq_base": single(base)}
+    if kind == "default":
+        return keys, None
+    if kind not in ("linear", "yarn", "llama3") or any(isinstance(value, dict) for value in rope.values.values()):
+        rope.refuse(
+            "rope_type" if "rope_type" in rope.values else "type", "supported are default, linear, yarn, llama3"
+        )
+    factor = rope.number("factor")
+    if not 1 <= factor <= 1e6:
+        rope.wrong("factor", factor, "a number from 1 to 1,000,000")
+    if kind == "llama3":
+        return keys, _llama3_divisors(rope, base, factor, d_head)
+    keys |= {"rope.scaling.type": kind, "rope.scaling.factor": single(factor)}
+    if kind == "yarn":
+        _refuse_yarn(rope, factor)
+        context = config.integer("max_position_embeddings", least=1)
+        original = rope.integer("original_max_position_embeddings", context, least=1)
+        keys["rope.scaling.original_context_length"] = original
+    return keys, None
+
+
+def _refuse_yarn(rope: JsonObject, factor: float) -> None:
+    """Raise UnsupportedError for a setting of YaRN that is not the usual one, which alone edgert has."""
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1 + 0.1 * math.log(factor)}
+    for key, value in usual.items():
+        if not math.isclose(rope.number(key, value), value, rel_tol=1e-6):
+            rope.refuse(key, f"edgert's YaRN has {value:.7g}")
+    for key in ("mscale", "mscale_all_dim"):
+        if rope.get(key) is not None:
+            rope.refuse(key, "edgert's YaRN does not have it: take another model")
+    if not rope.boolean("truncate", True):
+        rope.refuse("truncate", "edgert's YaRN has true")
+
+
+def _llama3_divisors(rope: JsonObject, base: float, factor: float, d_head: int) -> Floats:
+    """What Llama 3.1 divides frequencies by: (d_head / 2,); 1 for short waves, `factor` for long ones, blended between.
+
+    Formula: transformers' `_compute_llama3_parameters`; llama.cpp stores the same as rope_freqs.weight.
+    """
+    low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
+    original = rope.integer("original_max_position_embeddings", least=1)
+    if not 0 < low < high:
+        rope.wrong("low_freq_factor", low, f"a number above 0 and below high_freq_factor = {high}")
+    lengths = 2 * math.pi * base ** (np.arange(0, d_head, 2) / d_head)
+    smooth = np.clip((original / lengths - low) / (high - low), 0.0, 1.0)
+    divisors: Floats = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return divisors

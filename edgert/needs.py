@@ -1,0 +1,80 @@
+"""What a model takes in memory, counted from its tables of tensors before anything of it is read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgert.devices.base import CHUNK
+from edgert.devices.kv_cache import cache_bytes, check_kv_type
+from edgert.experts.predictors import predictor_bytes
+from edgert.memory import WORD_BYTES, Needs
+from edgert.quant import jit
+from edgert.storage.bundle import Bundle
+from edgert.storage.bundle_manifest import PAGE, round_up
+from edgert.types import Ids
+from edgert.weight_sources import KEPT_ROWS
+from edgert.weights import EMBEDDING, Weights
+
+_CHUNKS = (32, 64, 128, 256, CHUNK)  # tokens of a step, from which the plan chooses
+_READER_BYTES = 4 << 20  # of the lanes, their queues and stacks; records are read to where they stay
+
+
+def needs(
+    weights: Weights, n_context: int, kv_type: str, threads: int | None = None, activations: str = "int8"
+) -> Needs:
+    """What loading and running will take. OptionError for an unknown kv_type."""
+    from edgert.devices import buffers, cpu, work_space
+    from edgert.devices.cores import choose_threads
+
+    check_kv_type(kv_type)
+    config = weights.config
+    in_ram = [name for name in weights.shapes if not weights.is_on_file(name)]
+    packed = sum(map(weights.bytes_of, in_ram))
+    float_hidden = activations == "f32" or any(
+        "ffn_down" in name and not weights.format_of(name).is_integer for name in in_ram
+    )
+    n_threads = threads or choose_threads().n_threads
+    work = {
+        chunk: work_space.work_bytes(config, n_context, n_threads, float_hidden=float_hidden, chunk=chunk)
+        + buffers.unused_bytes(packed)
+        for chunk in _CHUNKS
+    }
+    kernels = cpu.CpuDevice.kernels(weights.formats(), kv_type, activations)
+    sizes = record_bytes(weights)
+    n_expert, top_k = (config.router.n_expert, config.router.top_k) if config.router else (0, 0)
+    merges = weights.file.metadata.get("tokenizer.ggml.merges")
+    n_merges = len(merges) if isinstance(merges, (list, np.ndarray)) else 0
+    hot = [name for name in in_ram if not weights.is_cold(name)]
+    return Needs(
+        hot=sum(map(weights.bytes_of, hot)),
+        kv=cache_bytes(config, n_context, kv_type),
+        work=work,
+        tokenizer=WORD_BYTES * (config.n_vocab + n_merges),
+        context=n_context,
+        kv_type=kv_type,
+        compiling=not all(jit.is_compiled(kernel) for kernel, _ in kernels),
+        loading=max(weights.packing_bytes(name) for name in in_ram),
+        cold=int(sizes.sum()),
+        record=int(sizes.max(initial=0)),
+        top_k=top_k,
+        working_set=int(sizes.sum()) * top_k // max(n_expert, 1),
+        buffers=_READER_BYTES
+        + predictor_bytes(config.n_layers, n_expert)
+        + KEPT_ROWS * (weights.bytes_of(EMBEDDING) // config.n_vocab),
+        streams=config.router is not None,
+    )
+
+
+def record_bytes(weights: Weights) -> Ids:
+    """Sizes (n_layers, n_expert) of the expert records that a bundle of this model has or would have."""
+    if isinstance(weights.file, Bundle):
+        return weights.file.record_bytes
+    config = weights.config
+    if config.router is None:
+        return np.zeros((config.n_layers, 0), np.int64)
+    n_expert, rows = config.router.n_expert, []
+    for layer in range(config.n_layers):
+        parts = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        sizes = [round_up(weights.bytes_of(name) // n_expert, 64) for name in parts]
+        rows.append([round_up(sum(sizes), PAGE)] * n_expert)
+    return np.array(rows, np.int64)

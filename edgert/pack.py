@@ -1,0 +1,278 @@
+"""Packing: a model's file becomes a bundle, written aside, resumable after a kill, published by rename.
+
+    NAME.edge.part/     locked by the process that packs; journal, hot.bin, experts.bin grow here
+    NAME.edge/          the same folder under its own name, once all of it is durable
+
+Memory does not grow with the model. Packing a model again gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from edgert.architectures import read_config
+from edgert.errors import EdgertError, ModelFileError, OptionError, StorageError, UnsupportedError
+from edgert.huggingface import HuggingFaceFolder, is_huggingface_folder
+from edgert.pack_journal import Journal
+from edgert.pack_layout import Bytes, Item, Layout, Step, source_file, source_files
+from edgert.pack_meter import Meter
+from edgert.pack_place import JOURNAL, Place, check_replaceable, part_of
+from edgert.storage import bundle as bundles
+from edgert.storage.bundle_manifest import PAGE, VERSION, round_up
+from edgert.storage.bundle_writer import SlabWriter
+from edgert.storage.gguf_file import GgufFile
+from edgert.storage.read_ahead import read_ahead
+from edgert.storage.tensor_file import TensorFile
+from edgert.weights import Progress, Weights
+
+_SPARE_BYTES = 16 << 20  # left free on the disk
+_SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a pack came to: bytes written by this run, and left by an earlier one; none of both where it was there."""
+
+    path: Path
+    n_bytes: int
+    written: int
+    resumed: int
+    seconds: float
+    inexact: dict[str, str]  # by tensor type: what its weights lost
+
+
+def open_source(path: Path, *, keep_pages: bool = True) -> TensorFile:
+    """Open what can be packed, by what the path is; without `keep_pages` what was read leaves the page cache."""
+    if bundles.is_bundle(path):
+        raise OptionError(f"{path} is a bundle already: name the model that it was packed from, or another")
+    if is_huggingface_folder(path):
+        return HuggingFaceFolder.open(path)
+    return GgufFile.open(path, keep_pages=keep_pages)
+
+
+def default_out(source: Path) -> Path:
+    """Where a bundle goes by default: beside the source, under its name."""
+    source = source.absolute()  # of a link, the folder that it lies in
+    return source.with_name(f"{stem(source)}.edge")
+
+
+def stem(source: Path) -> str:
+    """The name of a model by its file or folder."""
+    return source.name if source.is_dir() else _SUFFIX.sub("", source.name) or source.name
+
+
+def pack(source: Path, out: Path | None = None, *, progress: Progress) -> Path:
+    """Pack a model into the bundle `out`, by default beside it; see pack_model."""
+    return pack_model(source, out, progress=progress).path
+
+
+def pack_model(source: Path, out: Path | None = None, *, progress: Progress) -> Packed:
+    """Pack a model; a bundle that is there and current is left as it is, a half-packed one is gone on with.
+
+    progress is called with what is going on (with MB/s and the time left) and a fraction; it may raise, and what is
+    done is kept. Raises StorageError where the disk is full or read-only, OptionError where `out` is something else,
+    and what opening the source raises.
+    """
+    source = Path(source)
+    out = default_out(source) if out is None else Path(out)
+    started = time.perf_counter()
+    with contextlib.closing(open_source(source, keep_pages=False)) as file, _storage_errors(out):
+        check_replaceable(out)
+        why = _why_anew(out, source, file)
+        packing = _Packing(file, progress)
+        written, resumed = _pack_locked(packing, source, out, why, progress)
+        return Packed(out, bundles.size(out), written, resumed, time.perf_counter() - started, packing.inexact)
+
+
+def _pack_locked(packing: _Packing, source: Path, out: Path, why: str, progress: Progress) -> tuple[int, int]:
+    """Pack unless another process does so; the bytes written, and those that were there."""
+    while not is_current(out, source):
+        with Place(out, lambda: progress(f"waiting: another process packs {out.name}", 0.0)) as place:
+            if not place.is_mine:
+                continue  # it was published, or given up
+            if is_current(out, source):  # published between the look and the lock
+                place.remove()
+                break
+            if why:
+                progress(f"packing anew: {why}", 0.0)
+            return packing.run(place)
+    return 0, 0
+
+
+def is_current(bundle: Path, source: Path) -> bool:
+    """Whether there is a bundle, whole by the sizes of its files, of the files that the source has now. Opens neither.
+
+    A touched source counts as changed, as with make.
+    """
+    try:
+        manifest = bundles.read_manifest(bundle)
+        folder = source if source.is_dir() else source.parent
+        now = tuple(source_file(folder / file.name) for file in manifest.files)
+        sizes = [(bundle / name).stat().st_size for name in (bundles.HOT, bundles.EXPERTS, bundles.METADATA)]
+    except (EdgertError, OSError):
+        return False
+    whole = sizes == [manifest.hot_bytes, manifest.expert_bytes, manifest.metadata_bytes]
+    return whole and manifest.source == str(source.resolve()) and now == manifest.files
+
+
+def _why_anew(out: Path, source: Path, file: TensorFile) -> str:
+    """Why a bundle that is there has to be packed anew; empty: it has not. OptionError: it is another model's."""
+    if not out.exists() or is_current(out, source):
+        return ""
+    try:
+        manifest = bundles.read_manifest(out)
+    except EdgertError as error:
+        return str(error)
+    if manifest.source != str(source.resolve()):
+        raise OptionError(f"{out} was packed from {manifest.source}: remove it, or name another folder")
+    changed = manifest.files != source_files(file)
+    return f"{file.path.name} has changed since it was packed" if changed else f"{out.name} is damaged"
+
+
+class _Packing:
+    """One run of packing, in a folder that is locked."""
+
+    def __init__(self, file: TensorFile, progress: Progress) -> None:
+        self._file = file
+        config = read_config(file.metadata, str(file.path))
+        self._layout = Layout(file, Weights(file, config))
+        m = self._layout.manifest
+        self._total, self.inexact = m.hot_bytes + m.expert_bytes, m.inexact
+        self._progress = progress
+
+    def run(self, place: Place) -> tuple[int, int]:
+        """Pack what is missing and publish; the bytes written, and those that were there."""
+        folder, m = place.path, self._layout.manifest
+        items = list(self._layout.items())
+        journal = self._open_journal(folder, items)
+        try:
+            resumed = self._make(folder, items, journal)
+            self._layout.set_checksums(journal.done)
+            if source_files(self._file) != m.files:
+                raise ModelFileError(f"{self._file.path}: the file was changed while it was packed; pack it again")
+            write_durably(folder / bundles.METADATA, self._layout.metadata)
+            write_durably(folder / bundles.MANIFEST, m.as_text().encode())
+        except BaseException as error:
+            if not journal.done or isinstance(error, (ModelFileError, UnsupportedError)):
+                place.remove()  # there is nothing to go on with
+            raise
+        finally:
+            journal.close()
+        place.publish()
+        return self._total - resumed, resumed
+
+    def _make(self, folder: Path, items: list[Item], journal: Journal) -> int:
+        """Make the items that are missing; the bytes of the others."""
+        n_done = len(journal.done)
+        resumed = sum(round_up(item.n_bytes, PAGE) for item in items[:n_done])
+        self._check_space(folder)
+        if resumed:
+            share = resumed / self._total
+            self._progress(f"going on: {share:.0%} of {folder.name} was there already", share)
+        self._meter = Meter(self._progress, f"packing {self._file.path.name}", self._total, resumed)
+        for is_hot, name in ((True, bundles.HOT), (False, bundles.EXPERTS)):
+            todo = [item for item in items[n_done:] if item.is_hot == is_hot]
+            if todo:
+                self._write(folder / name, todo, journal)
+        (folder / bundles.EXPERTS).touch()  # a dense model has none
+        return resumed
+
+    def _open_journal(self, folder: Path, items: list[Item]) -> Journal:
+        """The journal, with what of it the files bear out."""
+        m, path = self._layout.manifest, folder / JOURNAL
+        header = {
+            "version": VERSION,
+            "layout": m.content(),
+            "source": m.source,
+            "files": [[file.name, file.n_bytes, file.mtime_ns] for file in m.files],
+        }
+        journal = Journal(path, header)
+        ends = {item.is_hot: item.offset + item.n_bytes for item in items[: len(journal.done)]}
+        for is_hot, end in ends.items():
+            file = folder / (bundles.HOT if is_hot else bundles.EXPERTS)
+            if not file.exists() or file.stat().st_size < end:
+                journal.close()
+                path.unlink()
+                return Journal(path, header)
+        return journal
+
+    def _check_space(self, folder: Path) -> None:
+        """StorageError if the disk has no room for what is missing."""
+        there = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+        found = os.statvfs(folder)
+        free = found.f_bavail * found.f_frsize
+        needed = self._total + len(self._layout.metadata) + len(self._layout.manifest.as_text()) + _SPARE_BYTES - there
+        if needed > free:
+            more, missing = (-(-n // 2**20) for n in (needed, needed - free))
+            raise StorageError(
+                f"{folder.parent}: packing {self._file.path.name} takes {more:,} MiB more, but only "
+                f"{free // 2**20:,} MiB are free; free {missing:,} MiB, or name a folder elsewhere"
+            )
+
+    def _write(self, path: Path, items: list[Item], journal: Journal) -> None:
+        """Make items, which follow each other in one file, and note in the journal what is on disk."""
+        made: deque[tuple[int, int]] = deque()  # ends and checksums of items that may not be durable yet
+
+        def durable(position: int) -> None:
+            checksums = []
+            while made and made[0][0] <= position:
+                checksums.append(made.popleft()[1])
+            journal.add(checksums)
+
+        writer = SlabWriter(path, items[0].offset, durable)
+        reads = read_ahead(partial(_read, step) for item in items for step in item.steps())
+        try:
+            for item in items:
+                writer.begin()
+                assert writer.position == item.offset, (item, writer.position)
+                while writer.position < item.offset + item.n_bytes:
+                    step, raw = next(reads)
+                    step.put(raw, writer.take(step.n_bytes))
+                made.append((writer.position, writer.end()))
+                self._meter.add(round_up(item.n_bytes, PAGE), item.words)
+            writer.finish()
+        finally:
+            reads.close()
+            writer.close()
+
+
+def _read(step: Step) -> tuple[Step, Bytes]:
+    return step, step.read()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """A small file, written and synced."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _storage_errors(out: Path) -> Iterator[None]:
+    """Turn what the disk says into a StorageError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            problem = f"{out}: the disk is full ({error.strerror}); free some space and pack again"
+            if (part := part_of(out)).exists():
+                problem += f", which goes on where it broke off, or remove {part}"
+        elif error.errno in _READ_ONLY:
+            problem = f"{out}: the folder cannot be written ({error.strerror}); name a bundle elsewhere: OUT.edge"
+        elif error.errno == errno.ENOENT and not out.parent.is_dir():
+            problem = f"{out}: there is no folder {out.parent}; make it first"
+        else:
+            problem = f"{error.filename or out}: packing failed ({error.strerror or error}); check the disk"
+        raise StorageError(problem) from error

@@ -1,0 +1,301 @@
+"""Which resident expert to give up: small classes that put a worth on experts, the lowest of which goes first.
+
+A policy sees which experts were used and knows nothing of slots, budgets, files or predictions. Keys are
+`layer * n_expert + expert`. Time is counted in tokens and layers, so a prompt that runs layer by layer leaves the same
+recency behind as if its tokens had come one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.errors import OptionError
+from edgert.types import Floats, Ids
+
+_Numbers = npt.NDArray[np.float64]
+_OVERFLOW = 1e100  # an increment of decayed counts beyond this is scaled back
+
+
+class Policy(Protocol):
+    """What the residency asks when it needs room."""
+
+    name: str
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """Experts of a layer that were just computed: ids (n,) of one token, or (n_tokens, top_k), oldest first."""
+
+    def next_token(self, n_tokens: int = 1) -> None:
+        """All layers have run for `n_tokens` tokens."""
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """What each of the resident `keys` (n,) is worth while `layer` runs: (n,), valid until the next call."""
+
+
+class _Clock:
+    """Time in tokens and layers, and the work space of `worth`."""
+
+    def __init__(self, n_layers: int, n_expert: int) -> None:
+        self.n_layers, self.n_expert, self.n_keys = n_layers, n_expert, n_layers * n_expert
+        self.token = 0  # tokens that have gone through all layers
+        self._out = np.empty(self.n_keys, np.float32)
+        self._work = np.empty((3, self.n_keys), np.float64)
+
+    def next_token(self, n_tokens: int = 1) -> None:
+        self.token += n_tokens
+
+    def rows(self, ids: Ids) -> Ids:
+        """Which token of a chunk each id belongs to, to be broadcast against `ids`."""
+        return np.arange(len(ids))[:, None] if ids.ndim == 2 else np.zeros(1, np.int64)
+
+
+class _Recency:
+    """When each key was used last, in layers since the start."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+        self._last = np.full(clock.n_keys, -1_000_000 * clock.n_layers, np.int64)  # long before the first token
+
+    def used(self, layer: int, ids: Ids) -> None:
+        clock = self._clock  # of equal ids the last one counts, which is the newest
+        self._last[ids + layer * clock.n_expert] = (clock.token + clock.rows(ids)) * clock.n_layers + layer
+
+    def ages(self, keys: Ids, layer: int, out: _Numbers) -> _Numbers:
+        """Layers since each key was used: 0 for the present one, less for later tokens of a chunk under way."""
+        np.take(self._last, keys, out=out.view(np.int64), mode="clip")  # "raise" would go through a buffer
+        return np.subtract(self._clock.token * self._clock.n_layers + layer, out.view(np.int64), out=out)
+
+
+class _Frequency:
+    """How often each key is used, older uses counting less: uses a token, as shares from 0 to 1.
+
+    Not the counts decay, which would touch them all at each token: the increment grows.
+    """
+
+    def __init__(self, clock: _Clock, half_life: float, profile: Floats | None) -> None:
+        self._clock, self._growth = clock, 0.5 ** (-1.0 / half_life)
+        self._most = int(math.log(_OVERFLOW) / math.log(self._growth))  # tokens after which nothing is left
+        self._increment, self._token = 1.0, clock.token
+        self._counts = np.zeros(clock.n_keys)
+        if profile is not None:  # as if the counts had come to rest at the profile's shares
+            self._counts += profile.reshape(-1) / self._per_token
+        self._shares = self._per_token
+
+    @property
+    def _per_token(self) -> float:
+        return 1.0 - 1.0 / self._growth
+
+    def used(self, layer: int, ids: Ids) -> None:
+        if self._token != self._clock.token:
+            self._advance()
+        first = layer * self._clock.n_expert
+        if ids.ndim == 1:
+            self._counts[ids + first] += self._increment  # of one token: no id comes twice
+            return
+        weights = np.broadcast_to(self._increment * self._growth ** self._clock.rows(ids), ids.shape)
+        self._counts[first : first + self._clock.n_expert] += np.bincount(
+            ids.reshape(-1), weights.reshape(-1), self._clock.n_expert
+        )
+
+    def _advance(self) -> None:
+        self._increment *= self._growth ** min(self._clock.token - self._token, self._most)
+        self._token = self._clock.token
+        if self._increment > _OVERFLOW:
+            self._counts /= self._increment
+            self._increment = 1.0
+        self._shares = self._per_token / self._increment
+
+    def shares(self, keys: Ids, out: _Numbers, weight: float = 1.0) -> _Numbers:
+        """Uses a token of each key, times `weight`."""
+        if self._token != self._clock.token:
+            self._advance()
+        np.take(self._counts, keys, out=out, mode="clip")
+        return np.multiply(out, self._shares * weight, out=out)
+
+
+class _Distance:
+    """Layers until each key's layer comes again: 1 for the next layer, n_layers for the present one.
+
+    (i - I) mod S of EdgeMoE (arXiv 2308.14352, where the printed formula has I and i the other way round), but the
+    present layer's experts, when not in use now, are S away and not 0.
+    """
+
+    def __init__(self, clock: _Clock) -> None:
+        self._n_expert, self._n_keys = clock.n_expert, clock.n_keys
+        once = np.repeat(np.arange(1.0, clock.n_layers + 1), clock.n_expert)
+        self._twice = np.concatenate((once, once))  # from the next layer's first key on, whichever that is
+
+    def layers(self, keys: Ids, layer: int, out: _Numbers) -> _Numbers:
+        """Distance of each key."""
+        start = self._n_keys - (layer + 1) * self._n_expert
+        return np.take(self._twice[start:], keys, out=out, mode="clip")
+
+
+class Lru(_Clock):
+    """Gives up what was used longest ago. Below one token's working set it never hits."""
+
+    name = "lru"
+
+    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+        super().__init__(*record_bytes.shape)
+        self._recency = _Recency(self)
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        self._recency.used(layer, ids)
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """Minus the age."""
+        out = self._out[: len(keys)]
+        np.negative(self._recency.ages(keys, layer, self._work[0, : len(keys)]), out=out, casting="same_kind")
+        return out
+
+
+class Lfu(_Clock):
+    """Gives up what is used least often, uses of `half_life` tokens ago counting half."""
+
+    name = "lfu"
+
+    def __init__(self, record_bytes: Ids, profile: Floats | None, half_life: float = 64.0) -> None:
+        super().__init__(*record_bytes.shape)
+        self._frequency = _Frequency(self, half_life, profile)
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        self._frequency.used(layer, ids)
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """The share of tokens that use it."""
+        out = self._out[: len(keys)]
+        out[:] = self._frequency.shares(keys, self._work[0, : len(keys)])
+        return out
+
+
+class Pinned(_Clock):
+    """Keeps the experts that a profile names most frequent, whatever happens; without one, those of the run so far."""
+
+    name = "pinned"
+
+    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+        super().__init__(*record_bytes.shape)
+        self._fixed = profile is not None
+        self._counts = np.zeros(self.n_keys) if profile is None else profile.reshape(-1).astype(np.float64)
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        if not self._fixed:
+            np.add.at(self._counts, ids.reshape(-1) + layer * self.n_expert, 1.0)
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """The frequency in the profile."""
+        out = self._out[: len(keys)]
+        out[:] = np.take(self._counts, keys, out=self._work[0, : len(keys)], mode="clip")
+        return out
+
+
+class Lfru(_Clock):
+    """Frequency over age: gives up what is neither used often nor lately."""
+
+    name = "lfru"
+
+    def __init__(self, record_bytes: Ids, profile: Floats | None, half_life: float = 64.0) -> None:
+        super().__init__(*record_bytes.shape)
+        self._recency, self._frequency = _Recency(self), _Frequency(self, half_life, profile)
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        self._recency.used(layer, ids)
+        self._frequency.used(layer, ids)
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """The share of tokens that use it over the layers since it was used, counted from one token on."""
+        n, out = len(keys), self._out[: len(keys)]
+        ages = self._recency.ages(keys, layer, self._work[1, :n])
+        ages += self.n_layers
+        np.maximum(ages, 1.0, out=ages)  # of a chunk under way
+        np.divide(self._frequency.shares(keys, self._work[0, :n]), ages, out=out, casting="same_kind")
+        return out
+
+
+class EdgeMoe(_Clock):
+    """Frequency over the layers until an expert's layer comes again (EdgeMoE, arXiv 2308.14352, section 5)."""
+
+    name = "edgemoe"
+    _half_life = 100_000.0  # the paper's frequencies are those of all tokens: practically no decay
+
+    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+        super().__init__(*record_bytes.shape)
+        self._frequency, self._distance = _Frequency(self, self._half_life, profile), _Distance(self)
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        self._frequency.used(layer, ids)
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """The share of tokens that use it over the distance."""
+        n, out = len(keys), self._out[: len(keys)]
+        distance = self._distance.layers(keys, layer, self._work[1, :n])
+        np.divide(self._frequency.shares(keys, self._work[0, :n]), distance, out=out, casting="same_kind")
+        return out
+
+
+class Cost(_Clock):
+    """Seconds that a miss would cost, for each byte of room, over the expected time to the next use.
+
+    With p the chance that a token uses an expert and d the layers until its layer comes, the next use is expected
+    d / S + (1 - p) / p tokens ahead; giving up the farthest is what Belady does who knows. p is a mean of a quick and
+    a slow decayed frequency. A record's cost grows with its size and so does its room: only the latency, which each
+    read has once, makes small records dearer to lose for a byte.
+    """
+
+    name = "cost"
+    _LATENCY_BYTES = 64 << 10  # what a flash drive could have read while it seeks: about 0.1 ms
+    _QUICK, _SLOW, _SHARE = 4.0, 64.0, 0.3  # half-lives in tokens, and the weight of the quick one
+    _LEAST = 1e-4  # chance of what was never seen
+
+    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+        super().__init__(*record_bytes.shape)
+        self._quick, self._slow = _Frequency(self, self._QUICK, None), _Frequency(self, self._SLOW, profile)
+        self._distance = _Distance(self)
+        sizes = np.maximum(record_bytes.reshape(-1), 1).astype(np.float64)
+        self._cost = (sizes + self._LATENCY_BYTES) / sizes
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        self._quick.used(layer, ids)
+        self._slow.used(layer, ids)
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """Cost over expected time."""
+        n, out = len(keys), self._out[: len(keys)]
+        chance, other, time = self._work[:, :n]
+        self._quick.shares(keys, chance, self._SHARE)
+        chance += self._slow.shares(keys, other, 1.0 - self._SHARE)
+        np.clip(chance, self._LEAST, 1.0, out=chance)
+        self._distance.layers(keys, layer, time)
+        time *= 1.0 / self.n_layers  # d / S + 1 / p - 1, never below 1 / S
+        time -= 1.0
+        time += np.reciprocal(chance, out=chance)
+        np.divide(np.take(self._cost, keys, out=other, mode="clip"), time, out=out, casting="same_kind")
+        return out
+
+
+POLICIES: dict[str, Callable[[Ids, Floats | None], Policy]] = {
+    policy.name: policy for policy in (Lru, Lfu, Lfru, EdgeMoe, Cost, Pinned)
+}
+
+
+def make_policy(name: str, record_bytes: Ids, profile: Floats | None = None) -> Policy:
+    """A policy by name, for records of `record_bytes` (n_layers, n_expert).
+
+    profile: the share of tokens that use each expert, (n_layers, n_expert). OptionError for an unknown name.
+    """
+    if name not in POLICIES:
+        raise OptionError(f"policy={name!r} is not known; use one of {', '.join(POLICIES)}")
+    if profile is not None and profile.shape != record_bytes.shape:
+        raise OptionError(f"the profile is of {profile.shape} experts, the model has {record_bytes.shape}")
+    return POLICIES[name](record_bytes, profile)

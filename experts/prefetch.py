@@ -1,0 +1,119 @@
+"""Reading experts before they are asked for: which to try, and what became of those that were.
+
+Keys are `layer * n_expert + expert`. The residency asks at each layer of a token and does the reading; whether it pays
+is the controller's word. While that is off nothing here is called and nothing learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.devices.base import ABSENT, READING, READY
+from edgert.experts.predictors import AHEAD, DEFAULT, Combined
+from edgert.experts.prefetch_control import Controller
+from edgert.types import Floats, Ids
+
+_LEAST_CHANCE = 0.05
+
+
+class Prefetcher:
+    """Guesses the experts of the next layers. At each layer of one token, in this order: settle, routed, choose.
+
+    record_bytes: (n_layers, n_expert), 0 where a layer has no experts.
+    """
+
+    def __init__(
+        self,
+        top_k: int,
+        record_bytes: Ids,
+        controller: Controller,
+        predictors: Sequence[str] = DEFAULT,
+    ) -> None:
+        self._n_layers, self._n_expert = record_bytes.shape
+        self._top_k = top_k
+        self._sizes = record_bytes.reshape(-1)
+        self._has_experts = [bool(sizes.any()) for sizes in record_bytes]
+        self._combined = Combined(self._n_layers, self._n_expert, top_k, predictors)
+        self._asked: list[list[int]] = [[] for _ in range(self._n_layers)]  # keys read ahead, by layer
+        self._ahead_bytes = 0
+        self.controller = controller
+
+    @property
+    def enabled(self) -> bool:
+        """The controller's present word; changes between tokens only."""
+        return self.controller.enabled
+
+    @property
+    def n_ahead(self) -> int:
+        """How many layers' router scores `routed` wants."""
+        return AHEAD if self.enabled else 0
+
+    def settle(self, layer: int, ids: Ids, state: npt.NDArray[np.uint8]) -> list[int]:
+        """Book what became of a layer's reads, now that its routes are known; returns keys whose reads to cancel.
+
+        ids: experts of the layer that are needed, any shape. state: (n_layers * n_expert,) of ABSENT, READING, READY.
+        To be called for every layer that was read ahead for, also when the controller has turned off since.
+        """
+        asked = self._asked[layer]
+        if not asked:
+            return []
+        needed, outcome, stale = set((ids + layer * self._n_expert).reshape(-1).tolist()), self.controller.outcome, []
+        for key in asked:
+            size, at = int(self._sizes[key]), state[key]
+            if at == ABSENT:
+                outcome("evicted", size)
+            elif key in needed:
+                outcome("useful" if at == READY else "late", size)
+            else:
+                outcome("wasted", size)
+                if at == READING:
+                    stale.append(key)
+        asked.clear()
+        return stale
+
+    def routed(self, layer: int, ids: Ids, lookahead: Sequence[Floats]) -> None:
+        """Learn the routes ids (n_tokens, top_k) of a layer.
+
+        lookahead[d]: scores (n_expert or more,) by the router of layer + 1 + d, given this layer's hidden state of the
+        last token; may be empty.
+        """
+        self._combined.routed(layer, ids, lookahead)
+
+    def guesses(self, layer: int, distance: int) -> list[tuple[int, float]]:
+        """(key, probability) for the layer `distance` after `layer`, likeliest first; empty if it has no experts.
+
+        The layers after the last are the next token's first.
+        """
+        target = (layer + distance) % self._n_layers
+        if not self._has_experts[target]:
+            return []
+        chances = self._combined.chances(target, distance)
+        best = np.argsort(-chances)[: 2 * self._top_k]
+        start = target * self._n_expert
+        return [(start + i, p) for i, p in zip(best.tolist(), chances[best].tolist(), strict=True) if p > _LEAST_CHANCE]
+
+    def choose(self, layer: int, state: npt.NDArray[np.uint8], urgent_bytes: int, ahead_bytes: int) -> Iterator[int]:
+        """Keys to read now, best first; the caller confirms each with submitted(), or stops.
+
+        urgent_bytes, ahead_bytes: of reads that are under way, for this layer and for later ones.
+        """
+        self._ahead_bytes = ahead_bytes
+        for distance in range(1, AHEAD + 1):
+            for key, chance in self.guesses(layer, distance):
+                if state[key] != ABSENT:
+                    continue
+                if not self.controller.accepts(
+                    int(self._sizes[key]), chance, distance, urgent_bytes, self._ahead_bytes
+                ):
+                    break
+                yield key
+
+    def submitted(self, key: int) -> None:
+        """The read of a chosen key has been asked for."""
+        size = int(self._sizes[key])
+        self._ahead_bytes += size
+        self._asked[key // self._n_expert].append(key)
+        self.controller.submitted()

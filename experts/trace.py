@@ -1,0 +1,242 @@
+"""Routing traces: which experts each token went to, and what routers said ahead, in one file that replay reads.
+
+A trace is an .npz of plain arrays. Router scores ahead are kept as integers of 1/16 standard deviation, which is what
+predictors look at. Whoever reads a trace takes it for hostile: names, sizes, types and ranges are checked.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import os
+import zipfile
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.errors import ModelFileError, OptionError
+from edgert.experts.predictors import AHEAD
+from edgert.types import Floats, Ids
+
+_VERSION = 1
+_ABSENT = -128  # in place of scores that were not recorded
+_SCALE = 16.0
+_MOST_BYTES = 1 << 30  # of a trace that is read
+_KEPT_BYTES = 8 << 20  # of a trace while it is recorded, within what a plan leaves to spare
+_MOST_TOKENS = 100_000
+_SHAPES = {
+    "version": (),
+    "model": (),
+    "record_bytes": ("n_layers", "n_expert"),
+    "ids": ("n_layers", "n_tokens", "top_k"),
+    "weights": ("n_layers", "n_tokens", "top_k"),
+    "ahead": ("n_layers", "n_tokens", AHEAD, "n_expert"),
+    "steps": ("n_steps",),
+}
+_KINDS = {"version": "iu", "model": "U", "record_bytes": "i", "ids": "u", "weights": "f", "ahead": "i", "steps": "i"}
+
+
+class Trace:
+    """A recorded run.
+
+    model: its key, see choice.py. record_bytes: (n_layers, n_expert), 0 where a layer has no experts. ids, weights:
+    (n_layers, n_tokens, top_k); ids of layers without experts mean nothing. steps: (n_steps,) tokens of each step, more
+    than one for chunks of prompts.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        record_bytes: Ids,
+        ids: npt.NDArray[np.unsignedinteger[Any]],
+        weights: npt.NDArray[np.float16],
+        ahead: npt.NDArray[np.int8],
+        steps: Ids,
+    ) -> None:
+        self.model, self.record_bytes, self.ids, self.weights = model, record_bytes, ids, weights
+        self.steps, self._ahead = steps, ahead
+        self.n_layers, self.n_tokens, self.top_k = ids.shape
+        self.n_expert = record_bytes.shape[1]
+        self.layers = np.flatnonzero(record_bytes.any(axis=1)).tolist()  # those that have experts
+
+    def lookahead(self, layer: int, token: int) -> list[Floats]:
+        """Scores (n_expert,) that the routers of the next layers gave in `layer`, standardised; maybe none."""
+        there = min(AHEAD, self.n_layers - 1 - layer)
+        rows = self._ahead[layer, token, :there]
+        return [row / np.float32(_SCALE) for row in rows if row[0] != _ABSENT]
+
+    def last(self, n_tokens: int) -> Trace:
+        """The last tokens alone, as many as there are up to `n_tokens`, each a step of its own."""
+        part = slice(max(0, self.n_tokens - n_tokens), None)
+        ids = self.ids[:, part]
+        steps = np.ones(ids.shape[1], np.int64)
+        return Trace(self.model, self.record_bytes, ids, self.weights[:, part], self._ahead[:, part], steps)
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read a trace; ModelFileError for a file that is none, or lies about itself."""
+        try:
+            arrays = _read(path)
+            _check(arrays)
+        except OSError as error:
+            raise ModelFileError(f"{path}: {error.strerror or error}; give a file made with --trace") from error
+        except Exception as error:  # what zipfile, zlib and numpy raise for hostile bytes is an open list
+            raise ModelFileError(f"{path} is not a routing trace ({_line(error)}); make one with --trace") from error
+        return cls(
+            str(arrays["model"]),
+            arrays["record_bytes"].astype(np.int64),
+            arrays["ids"],
+            arrays["weights"].astype(np.float16),
+            arrays["ahead"],
+            arrays["steps"].astype(np.int64),
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The arrays of a trace, none of them larger than it may be."""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    if set(sizes) != {f"{name}.npy" for name in _SHAPES}:
+        raise ValueError(f"it holds {', '.join(sorted(sizes)[:10]) or 'nothing'}")
+    if sum(sizes.values()) > _MOST_BYTES:
+        raise ValueError(f"it is {sum(sizes.values()):,} bytes unpacked, at most {_MOST_BYTES:,} are read")
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in _SHAPES}
+
+
+def _check(arrays: dict[str, Any]) -> None:
+    """ValueError unless types, shapes and values fit together."""
+    extent: dict[str, int] = {}
+    for name, shape in _SHAPES.items():
+        array = arrays[name]
+        if array.dtype.kind not in _KINDS[name] or array.ndim != len(shape):
+            raise ValueError(f"{name} has type {array.dtype} and {array.ndim} dimensions")
+        for size, expected in zip(array.shape, shape, strict=True):
+            if size != (extent.setdefault(expected, size) if isinstance(expected, str) else expected):
+                raise ValueError(f"{name} has shape {array.shape}, which does not fit the others")
+    if arrays["version"] != _VERSION:
+        raise ValueError(f"version {arrays['version']}, only {_VERSION} is known")
+    sizes = arrays["record_bytes"]
+    if not 0 < extent["top_k"] <= extent["n_expert"] or not extent["n_tokens"] or arrays["ahead"].dtype != np.int8:
+        raise ValueError(f"{extent['n_tokens']} tokens, {extent['top_k']} of {extent['n_expert']} experts")
+    if sizes.min() < 0 or sizes.max() > 1 << 40 or not sizes.any() or ((sizes > 0).any(1) != (sizes > 0).all(1)).any():
+        raise ValueError("record_bytes has sizes that no record has")
+    ids = np.sort(arrays["ids"][sizes.any(axis=1)], axis=2)
+    if ids.max() >= extent["n_expert"] or (ids[..., 1:] == ids[..., :-1]).any():
+        raise ValueError(f"ids are not {extent['top_k']} different ones below {extent['n_expert']}")
+    if (arrays["steps"] < 1).any() or arrays["steps"].sum() != extent["n_tokens"]:
+        raise ValueError(f"its steps are not {extent['n_tokens']} tokens")
+
+
+class _Step(NamedTuple):
+    """Routes of one step; scores ahead are of its last token: (n_layers, AHEAD, n_expert)."""
+
+    ids: npt.NDArray[Any]
+    weights: npt.NDArray[np.float16]
+    ahead: npt.NDArray[np.int8]
+
+
+class TraceWriter:
+    """Collects the routes of a run, and writes them when it is closed or Python ends; use as a context manager.
+
+    Keeps the newest tokens, as many as fit `_KEPT_BYTES`. OptionError for a path that cannot be written.
+    """
+
+    def __init__(self, path: Path, model: str, record_bytes: Ids, top_k: int) -> None:
+        self.path, self.n_tokens = Path(path), 0
+        self._model, self._record_bytes, self._top_k = model, record_bytes, top_k
+        self._n_layers, self._n_expert = record_bytes.shape
+        self._id_type = np.uint8 if self._n_expert <= 256 else np.uint16
+        self._steps: deque[_Step] = deque()
+        token_bytes = self._n_layers * (4 * top_k + AHEAD * self._n_expert)
+        self._most = max(1, min(_MOST_TOKENS, _KEPT_BYTES // token_bytes))
+        self._process = os.getpid()
+        self._check_path()
+        atexit.register(self.close)
+
+    def _check_path(self) -> None:
+        """Now, not after the run."""
+        try:
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with open(self._aside, "wb"):
+                pass
+            self._aside.unlink()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"trace={str(self.path)!r} cannot be written ({reason}); name another file") from error
+
+    @property
+    def _aside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{self._process}.part")
+
+    def add(self, ids: Ids, weights: Floats, ahead: Sequence[Sequence[Floats]] | None = None) -> None:
+        """Routes of one step, ids and weights (n_layers, n_tokens, top_k).
+
+        ahead[layer][d]: scores (n_expert or more,) of the router of layer + 1 + d for the step's last token; may be
+        empty. Ids of layers without experts may be anything.
+        """
+        assert ids.shape == weights.shape == (self._n_layers, ids.shape[1], self._top_k), ids.shape
+        scores = np.full((self._n_layers, AHEAD, self._n_expert), _ABSENT, np.int8)
+        for layer, rows in enumerate(ahead or ()):
+            for distance, row in enumerate(rows[: min(AHEAD, self._n_layers - 1 - layer)]):
+                scores[layer, distance] = _as_integers(row[: self._n_expert])
+        self._steps.append(_Step(ids.astype(self._id_type), weights.astype(np.float16), scores))
+        self.n_tokens += ids.shape[1]
+        while (over := self.n_tokens - self._most) > 0:
+            oldest = self._steps.popleft()
+            n_tokens = oldest.ids.shape[1]
+            if n_tokens > over:  # a part of a prompt's chunk
+                rest = _Step(oldest.ids[:, over:].copy(), oldest.weights[:, over:].copy(), oldest.ahead)
+                self._steps.appendleft(rest)
+            self.n_tokens -= min(n_tokens, over)
+
+    def close(self) -> None:
+        """Write the file, aside first; nothing if no token was recorded. A second call does nothing. Raises OSError."""
+        atexit.unregister(self.close)
+        steps, self._steps = list(self._steps), deque()
+        if not steps or os.getpid() != self._process:  # a forked child's parent writes
+            return
+        counts = np.array([step.ids.shape[1] for step in steps])
+        ahead = np.full((self._n_layers, int(counts.sum()), AHEAD, self._n_expert), _ABSENT, np.int8)
+        for last, step in zip((np.cumsum(counts) - 1).tolist(), steps, strict=True):
+            ahead[:, last] = step.ahead
+        try:
+            with open(self._aside, "wb") as file:
+                np.savez_compressed(
+                    file,
+                    version=np.int64(_VERSION),
+                    model=np.array(self._model),
+                    record_bytes=self._record_bytes,
+                    ids=np.concatenate([step.ids for step in steps], axis=1),
+                    weights=np.concatenate([step.weights for step in steps], axis=1),
+                    ahead=ahead,
+                    steps=counts,
+                )
+            os.replace(self._aside, self.path)
+        finally:
+            with contextlib.suppress(OSError):
+                self._aside.unlink()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _as_integers(scores: Floats) -> npt.NDArray[np.int8]:
+    """Standardised scores in steps of 1/16, within 127 of them."""
+    with np.errstate(all="ignore"):
+        centred = scores - scores.mean()
+        spread = max(float(np.sqrt((centred * centred).mean())), 1e-6)
+        return np.nan_to_num(np.clip(np.rint(centred * (_SCALE / spread)), -127, 127)).astype(np.int8)
