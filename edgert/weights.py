@@ -218,8 +218,8 @@ class Weights:
             for part, linear in zip("qkv", self._query_key_value(prefix), strict=True):
                 yield HotTensor(f"{prefix}attn_{part}.weight", linear.matrix.shape, linear.matrix, None)
                 if linear.bias is not None:
-                    bias = linear.bias
-                    yield HotTensor(f"{prefix}attn_{part}.bias", bias.shape, None, lambda bias=bias: bias)  # type: ignore[misc]
+                    bias, name = linear.bias, f"{prefix}attn_{part}.bias"
+                    yield HotTensor(name, bias.shape, None, lambda bias=bias: bias)  # type: ignore[misc]   # bound early
             for name in self._layer_shapes(layer):
                 if not self.is_cold(name) and not name.startswith(("attn_q.", "attn_k.", "attn_v.", "attn_qkv.")):
                     yield self._hot(f"{prefix}{name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,7 @@ def _with_policies(trace: Trace) -> Iterator[tuple[str, Callable[[], Policy]]]:
     half = profile_of(trace, max(1, trace.n_tokens // 2))
     for name in POLICIES:
         profile = half if name == "pinned" else None
-        yield name, lambda name=name, profile=profile: make_policy(name, trace.record_bytes, profile)  # type: ignore[misc]
+        yield name, partial(make_policy, name, trace.record_bytes, profile)
 
 
 def compare_policies(
