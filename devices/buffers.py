@@ -53,12 +53,8 @@ def unused_bytes(n_bytes: int) -> int:
     return _HUGE_PAGE * (n_bytes // _PIECE_BYTES + 2)
 
 
-def huge_pages(n_bytes: int, *, shared_with_child: bool = True) -> npt.NDArray[np.uint8]:
-    """Zeroed bytes that begin where a huge page may.
-
-    shared_with_child: False for what flash is read into. A fork during a direct read may hand its bytes to the child's
-    copy of the page instead; so the child gets no copy.
-    """
+def huge_pages(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed bytes that begin where a huge page may."""
     try:
         memory = mmap.mmap(-1, n_bytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -66,8 +62,6 @@ def huge_pages(n_bytes: int, *, shared_with_child: bool = True) -> npt.NDArray[n
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    if not shared_with_child and hasattr(mmap, "MADV_DONTFORK"):
-        memory.madvise(mmap.MADV_DONTFORK)
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
     return whole[start : start + n_bytes]

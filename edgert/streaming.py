@@ -103,7 +103,10 @@ def open_residency(
     top_k, ahead = config.router.top_k, None
     if prefetch != "off":
         stuck = settings.lanes * settings.chunk_bytes
-        controller = Controller(config.n_layers, stuck_bytes=stuck, bytes_per_s=settings.bytes_per_s, mode=prefetch)
+        mean = int(bundle.record_bytes[bundle.record_bytes > 0].mean())
+        controller = Controller(
+            config.n_layers, mean, stuck_bytes=stuck, bytes_per_s=settings.bytes_per_s, mode=prefetch
+        )
         ahead = Prefetcher(top_k, bundle.record_bytes, controller, choice.predictors)
     residency = Streamed(device, buffer, chosen, top_k, ahead)
     guard = guard_for(residency, plan, budget)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.devices.base import ABSENT, READING, READY
-from edgert.experts.predictors import AHEAD, DEFAULT, Combined
+from edgert.experts.predictors import AHEAD, DEFAULT, Combined, prepare
 from edgert.experts.prefetch_control import Controller
 from edgert.types import Floats, Ids
 
@@ -35,7 +35,9 @@ class Prefetcher:
         self._n_layers, self._n_expert = record_bytes.shape
         self._top_k = top_k
         self._sizes = record_bytes.reshape(-1)
-        self._has_experts = [bool(sizes.any()) for sizes in record_bytes]
+        self._has_experts: npt.NDArray[np.bool_] = np.array([sizes.any() for sizes in record_bytes])
+        self._keys, self._chances = np.zeros(2 * AHEAD * top_k, np.int64), np.zeros(2 * AHEAD * top_k, np.float32)
+        prepare()
         self._combined = Combined(self._n_layers, self._n_expert, top_k, predictors)
         self._asked: list[list[int]] = [[] for _ in range(self._n_layers)]  # keys read ahead, by layer
         self._ahead_bytes = 0
@@ -82,18 +84,13 @@ class Prefetcher:
         """
         self._combined.routed(layer, ids, lookahead)
 
-    def guesses(self, layer: int, distance: int) -> list[tuple[int, float]]:
-        """(key, probability) for the layer `distance` after `layer`, likeliest first; empty if it has no experts.
+    def guesses(self, layer: int, state: npt.NDArray[np.uint8]) -> list[tuple[int, float]]:
+        """(key, probability) of absent experts of the layers after `layer`, nearer layers first, then the likelier.
 
         The layers after the last are the next token's first.
         """
-        target = (layer + distance) % self._n_layers
-        if not self._has_experts[target]:
-            return []
-        chances = self._combined.chances(target, distance)
-        best = np.argsort(-chances)[: 2 * self._top_k]
-        start = target * self._n_expert
-        return [(start + i, p) for i, p in zip(best.tolist(), chances[best].tolist(), strict=True) if p > _LEAST_CHANCE]
+        n = self._combined.list_absent(layer, state, self._has_experts, _LEAST_CHANCE, self._keys, self._chances)
+        return list(zip(self._keys[:n].tolist(), self._chances[:n].tolist(), strict=True))
 
     def choose(self, layer: int, state: npt.NDArray[np.uint8], urgent_bytes: int, ahead_bytes: int) -> Iterator[int]:
         """Keys to read now, best first; the caller confirms each with submitted(), or stops.
@@ -101,19 +98,18 @@ class Prefetcher:
         urgent_bytes, ahead_bytes: of reads that are under way, for this layer and for later ones.
         """
         self._ahead_bytes = ahead_bytes
-        for distance in range(1, AHEAD + 1):
-            for key, chance in self.guesses(layer, distance):
-                if state[key] != ABSENT:
-                    continue
-                if not self.controller.accepts(
-                    int(self._sizes[key]), chance, distance, urgent_bytes, self._ahead_bytes
-                ):
-                    break
+        full = 0  # the layer for which nothing more is accepted: its other guesses are less likely
+        for key, chance in self.guesses(layer, state):
+            distance = (key // self._n_expert - layer) % self._n_layers or self._n_layers
+            if distance == full:
+                continue
+            if self.controller.accepts(int(self._sizes[key]), chance, distance, urgent_bytes, self._ahead_bytes):
                 yield key
+            else:
+                full = distance
 
     def submitted(self, key: int) -> None:
         """The read of a chosen key has been asked for."""
         size = int(self._sizes[key])
         self._ahead_bytes += size
         self._asked[key // self._n_expert].append(key)
-        self.controller.submitted()

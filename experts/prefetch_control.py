@@ -53,66 +53,81 @@ class Controller:
     Runs of tokens with reading ahead alternate with a few without, so that what else the machine does falls on both:
     short runs in a trial, ever longer ones while the gain is clear.
 
-    stuck_bytes: what the reader's lanes have in flight at most, which cannot be stopped. bytes_per_s: the flash's rate,
-    if it is known before anything was read. mode: "always" reads every likely guess, for tests and measurements.
+    record_bytes: of an expert, on average. stuck_bytes: what the reader's lanes have in flight at most, which cannot be
+    stopped. bytes_per_s: the flash's rate, if it is known before anything was read. mode: "always" reads every likely
+    guess, for tests and measurements.
     """
 
-    FIRST, CONTROL = 8, 4  # tokens without, before the first trial, and between runs
-    RUN, LONGEST_RUN = 6, 192  # tokens with
-    ROUNDS, MOST_ROUNDS = 4, 8  # runs of a trial
-    PAUSE, LONGEST_PAUSE = 64, 4096  # tokens until the next trial: doubled with each that fails
-    LEAST_IDLE, LEAST_WAIT = 0.05, 0.03  # shares of a token's time, below which there is nothing to gain
-    STARTS_AT, CLEAR, ENDS_AT, HOPELESS = 0.02, 0.05, 0.01, -0.1  # gains, as shares of a token's time
+    FIRST, CONTROL = 3, 4  # tokens without, before the first trial, and between runs
+    RUN, LONGEST_RUN = 16, 192  # tokens with
+    ROUNDS = 8  # runs whose gains are remembered
+    PAUSE, LONGEST_PAUSE = 64, 4096  # tokens until the next trial: four times as many with each that fails
+    LEAST_IDLE = 0.05  # share of a token's time, below which there is no room
+    STARTS_AT, CLEAR, ENDS_AT, MOST = 0.02, 0.04, 0.01, 0.1  # gains, as shares of a token's time
+    _TRUST, _LESS_TRUST = 1.5, 0.5  # runs that the gain expected counts for, and after a trial that failed
+    ABORT = -0.51  # tokens lost, at which a run is given up: more than one alone may count for
     _MEMORY = 12  # tokens without reading ahead that are remembered: of the last controls
     _CLIP = 0.5  # of a token's time: what one token may count for, so that one stall does not decide
-    _TAIL = 0.4  # of a layer's compute time, that follows the last of its experts: the next layer's attention
     _POLLUTION = 0.1  # chance that what a wrong read drives out would have been used soon
-    _READ_S = 30e-6  # Python's part of one read
-    _MARGIN = 1.5  # expected gain over expected loss
+    _LAYER_S, _READ_S = 100e-6, 60e-6  # Python's part of guessing at each layer, and of one read
+    _HIDDEN = 0.5  # of the idle time, or of the waiting if that is less, that reading ahead may save
+    _MARGIN = 1.2  # expected gain over expected loss
 
     def __init__(
-        self, n_layers: int, *, stuck_bytes: int = 2 << 20, bytes_per_s: float | None = None, mode: Mode = "auto"
+        self,
+        n_layers: int,
+        record_bytes: int,
+        *,
+        stuck_bytes: int = 2 << 20,
+        bytes_per_s: float | None = None,
+        mode: Mode = "auto",
     ) -> None:
         self.mode, self.enabled, self.reason = mode, mode == "always", "nothing has been measured yet"
         self.useful, self.late, self.wasted, self.evicted = Tally(), Tally(), Tally(), Tally()
-        self._n_layers, self._stuck_bytes = n_layers, stuck_bytes
+        self._n_layers, self._record_bytes, self._stuck_bytes = n_layers, record_bytes, stuck_bytes
         self._rate, self._read_bytes, self._busy_s = bytes_per_s or 0.0, 0.0, 0.0
         self._without: deque[_Without] = deque(maxlen=self._MEMORY)
         self._with: list[_With] = []  # of the run under way, or just over
-        self._rounds: deque[float] = deque(maxlen=self.MOST_ROUNDS)  # gains of the last runs
+        self._rounds: deque[float] = deque(maxlen=self.ROUNDS)  # gains of the last runs
+        self._expected, self._trust = 0.0, self._TRUST  # gain of the trial under way, and what that counts for
         self._compute_s, self._wait_s_per_byte, self._idle_s = 0.0, 0.0, 0.0  # of a token without
-        self._left_s, self._hidden_s = 0.0, 0.0  # idle time that may be read in yet, and of the read accepted last
         self._saved, self._ahead_bytes, self._lost_bytes = 0, 0, 0  # bytes of this token's outcomes
         self._until, self._run, self._pause = self.FIRST, self.RUN, self.PAUSE  # tokens
-        self._proven = False  # a trial has been passed
         self._settling = False  # the token after a change is half of each kind
+
+    def afresh(self, mode: Mode) -> Controller:
+        """One that knows nothing yet, for the same model and flash."""
+        return Controller(
+            self._n_layers,
+            self._record_bytes,
+            stuck_bytes=self._stuck_bytes,
+            bytes_per_s=self._rate or None,
+            mode=mode,
+        )
 
     # ---- each read ---------------------------------------------------------------------------------------------------
     def accepts(self, n_bytes: int, probability: float, distance: int, urgent_bytes: int, ahead_bytes: int) -> bool:
         """Whether to read a record ahead that is used with this probability, `distance` layers from now.
 
+        The idle time of a layer is taken for exponentially distributed about its mean: `begins` is then the chance that
+        it outlasts the reads before this one, and `hidden_s` what it hides of this one if it does.
+
         urgent_bytes, ahead_bytes: what was asked for and is not there yet, for now and ahead.
         """
         if self.mode == "always":
             return probability >= 0.2 and ahead_bytes <= 4 * n_bytes
-        if not self._rate or self._left_s <= 0.0:
+        if not self._rate:
             return False
-        layer_s = self._compute_s / self._n_layers
-        window_s = max(layer_s - urgent_bytes / self._rate, self._TAIL * layer_s if urgent_bytes else 0.0)
-        window_s += (distance - 1) * self._idle_s / self._n_layers - ahead_bytes / self._rate
+        idle_s, layer_s = distance * self._idle_s / self._n_layers, self._compute_s / self._n_layers
+        idle_s = max(idle_s, 1e-9 if urgent_bytes else layer_s)
         read_s = n_bytes / self._rate
-        self._hidden_s = hidden_s = min(read_s, window_s)
-        if hidden_s <= 0.0:
-            return False
-        delay_s = min(read_s - hidden_s, self._stuck_bytes / self._rate)  # of the next urgent read, by a wrong one
+        begins = math.exp(-ahead_bytes / self._rate / idle_s)
+        hidden_s = idle_s * (1.0 - math.exp(-read_s / idle_s))
+        delay_s = min(read_s - hidden_s, 0.5 * self._stuck_bytes / self._rate)  # of the next urgent read, if wrong
         waited = min(1.0, self._wait_s_per_byte * self._rate)  # the part of reading that is not hidden anyway
-        gain_s = probability * hidden_s * waited
-        loss_s = (1.0 - probability) * (delay_s + self._POLLUTION * read_s * waited + self._READ_S)
+        gain_s = probability * begins * hidden_s * waited
+        loss_s = (1.0 - probability) * (begins * (delay_s + self._POLLUTION * read_s * waited) + self._READ_S)
         return gain_s > self._MARGIN * loss_s
-
-    def submitted(self) -> None:
-        """The read that was accepted last has been asked for."""
-        self._left_s -= self._hidden_s
 
     def outcome(self, kind: Outcome, n_bytes: int) -> None:
         """How a read ended: in time, begun but not in time, not needed, or given up before it could be."""
@@ -132,7 +147,6 @@ class Controller:
             self._rate = self._read_bytes / self._busy_s
         asked = max(0, n_bytes - self._ahead_bytes) + self._saved  # what would have been read without
         lost, self._saved, self._ahead_bytes, self._lost_bytes = self._lost_bytes, 0, 0, 0
-        self._left_s = min(self._left_s, 0.0) + self._idle_s
         if self.mode != "auto":
             return
         if self._settling:
@@ -141,7 +155,7 @@ class Controller:
         self._until -= 1
         if self.enabled:
             self._with.append(_With(seconds, asked, lost))
-            if self._until <= 0 or self._gain(self._with) <= -1.0:
+            if self._until <= 0 or self._gain(self._with) <= self.ABORT:
                 self._switch(False, self.CONTROL, self.reason)
         else:
             self._without.append(_Without(seconds, wait_s, busy_s, n_bytes))
@@ -152,18 +166,24 @@ class Controller:
 
     def _begin(self) -> None:
         """Start a run, if there is anything to gain."""
-        seconds = sum(token.seconds for token in self._without)
-        idle = 1.0 - sum(token.busy_s for token in self._without) / seconds
-        waited = sum(token.wait_s for token in self._without) / seconds
-        if idle >= self.LEAST_IDLE and waited >= self.LEAST_WAIT:
+        n = len(self._without)
+        seconds = sum(token.seconds for token in self._without) / n
+        wait_s = sum(token.wait_s for token in self._without) / n
+        idle = self._idle_s / seconds
+        saved_s = self._HIDDEN * min(self._idle_s, wait_s)
+        n_reads = saved_s * self._rate / self._record_bytes if self._record_bytes else 0.0
+        costs_s = self._n_layers * self._LAYER_S + n_reads * self._READ_S
+        gain = (saved_s - costs_s) / seconds
+        if idle >= self.LEAST_IDLE and gain >= self.STARTS_AT:
+            self._expected = min(gain, self.MOST)
             self._switch(True, self._run, f"on: the flash is idle {idle:.0%} of the time")
             return
         self._until = self.FIRST
         self._forget()
         if idle < self.LEAST_IDLE:
-            self.reason = f"off: the flash is idle {max(idle, 0.0):.0%} of the time, there is no room to read ahead"
+            self.reason = f"off: the flash is idle {idle:.0%} of the time, there is no room to read ahead"
         else:
-            self.reason = f"off: only {waited:.0%} of the time is spent waiting for experts"
+            self.reason = f"off: waiting takes {wait_s / seconds:.0%} of the time, less than reading ahead would cost"
 
     def _measure(self) -> None:
         """What tokens without reading ahead take, one stall not counting for more than it should."""
@@ -189,32 +209,26 @@ class Controller:
         return gain
 
     def _pays(self) -> bool:
-        """Judge the run just over, between the controls before and after it; False ends trial or use."""
+        """Judge by the runs so far and by what was expected; False ends trial or use.
+
+        One run's gain is uncertain by about as much as there is to gain: flash drives and machines are not steady.
+        """
         self._rounds.append(self._gain(self._with) / len(self._with))
         self._with.clear()
-        n, mean = len(self._rounds), sum(self._rounds) / len(self._rounds)
-        error = math.sqrt(sum((share - mean) ** 2 for share in self._rounds)) / n
-        if self._proven:
-            recent = list(self._rounds)[-self.ROUNDS :]
-            failed = sum(recent) / len(recent) < self.ENDS_AT
-            if mean >= self.CLEAR:
-                self._run = min(2 * self._run, self.LONGEST_RUN)
-        elif n < self.ROUNDS:
-            failed = self._rounds[-1] < self.HOPELESS or (n > 1 and mean < -self.STARTS_AT)
-        else:
-            self._proven = mean >= self.STARTS_AT and mean > error
-            failed = not self._proven and (n == self.MOST_ROUNDS or mean < self.ENDS_AT)
-            if self._proven:
-                self._run, self._pause = 2 * self.RUN, self.PAUSE
-        if failed:
-            self.reason = f"off: reading ahead gained {mean:+.1%} of the time"
+        gain = (sum(self._rounds) + self._trust * self._expected) / (len(self._rounds) + self._trust)
+        if gain < self.ENDS_AT:
+            self.reason = f"off: reading ahead gained {sum(self._rounds) / len(self._rounds):+.1%} of the time"
             self._forget()
-            self._until, self._pause = self._pause, min(2 * self._pause, self.LONGEST_PAUSE)
-        return not failed
+            self._until, self._pause = self._pause, min(4 * self._pause, self.LONGEST_PAUSE)
+            self._trust = self._LESS_TRUST
+            return False
+        if gain >= self.CLEAR and len(self._rounds) >= self.ROUNDS // 2:
+            self._run, self._pause, self._trust = min(2 * self._run, self.LONGEST_RUN), self.PAUSE, self._TRUST
+        return True
 
     def _forget(self) -> None:
         """The next run is the first of a trial."""
-        self._proven, self._run = False, self.RUN
+        self._run = self.RUN
         self._rounds.clear()
 
     def _switch(self, enabled: bool, until: int, reason: str) -> None:

@@ -195,7 +195,7 @@ def compare_predictors(trace: Trace, progress: Progress = lambda stage, fraction
 
     It is the share of the experts used that are among the top_k best guesses; with exactly as many guesses as uses.
     """
-    everything = Combined(trace.n_layers, trace.n_expert, trace.top_k, tuple(PREDICTORS))
+    everything = Combined(trace.n_layers, trace.n_expert, trace.top_k, PREDICTORS)
     default = Combined(trace.n_layers, trace.n_expert, trace.top_k)
     names = [*PREDICTORS, COMBINED, _EVERYTHING]
     hits, counts = np.zeros((2, len(names), AHEAD, trace.n_layers))
@@ -218,9 +218,8 @@ def compare_predictors(trace: Trace, progress: Progress = lambda stage, fraction
             for distance in range(AHEAD):
                 target = (layer + distance + 1) % trace.n_layers
                 rows, there = guesses[distance, target], known[distance, target]
-                for row, predictor in enumerate(everything.predictors):
-                    there[row] = predictor.evidence(target, distance + 1, rows[row])
                 rows[-2], rows[-1] = default.chances(target, distance + 1), everything.chances(target, distance + 1)
+                rows[:-2], there[:-2] = everything.evidence(target, distance + 1)
                 there[-2:] = True
     with np.errstate(invalid="ignore"):
         recall = (hits / counts).astype(np.float32)
@@ -253,7 +252,7 @@ class Report:
     def best_predictors(self) -> tuple[str, ...]:
         """The predictors to combine: all of them if that is clearly better than the default ones."""
         default, everything = (float(np.nanmean(self.predictors[name][0])) for name in (COMBINED, _EVERYTHING))
-        return tuple(PREDICTORS) if everything > default + _CLEARLY else DEFAULT
+        return PREDICTORS if everything > default + _CLEARLY else DEFAULT
 
     def save(self) -> Path:
         """Keep the choice for this model, where loading finds it. Raises OSError."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from edgert.devices.buffers import huge_pages
+from edgert.storage.flash import aligned_buffer
 
 ALIGNMENT = 4096  # of every place, and of every size
 
@@ -25,7 +25,7 @@ class Slots:
 
     def __init__(self, n_bytes: int) -> None:
         assert n_bytes % ALIGNMENT == 0, n_bytes
-        self.memory: npt.NDArray[np.uint8] = huge_pages(n_bytes, shared_with_child=False)
+        self.memory: npt.NDArray[np.uint8] = aligned_buffer(n_bytes)
         self.limit = n_bytes
         self._gaps: list[tuple[int, int]] = []  # (start, size), ascending, never touching
         self.keep({})

@@ -95,6 +95,7 @@ class Streamed:
         if self._open:
             self._buffer.recover()
         self._open = True
+        self._buffer.book(self._reader.poll())  # in a child of a fork this says so, before memory that it has not got
         self.watch()
         if self._wanted != self._buffer.n_bytes:
             self._buffer.cancel_all()
@@ -150,10 +151,14 @@ class Streamed:
         there = keys[buffer.state[keys] == READY]
         waiting, begun = set(keys.tolist()).difference(there.tolist()), set[int]()
         buffer.read(missing, layer)
-        self._read_ahead(layer, routed, waiting)
+        if not waiting:
+            self._read_ahead(layer, routed, waiting, missing)
         if len(there):
             yield ExpertGroup(there - start)
             buffer.pins[there] = 0
+        if waiting:
+            buffer.read(missing, layer)
+            self._read_ahead(layer, routed, waiting, missing)  # only now: Python's work hides behind the reads
         while waiting:
             buffer.read(missing, layer)
             assert buffer.reads, "the expert buffer holds fewer experts than a token needs"
@@ -229,12 +234,14 @@ class Streamed:
         buffer.read(missing, layer)
         buffer.pins[list(missing)] = 0
 
-    def _read_ahead(self, layer: int, routed: Routed, waiting: set[int]) -> None:
-        """Begin reads that the prefetcher thinks worth while, now that those of this layer have been asked for."""
+    def _read_ahead(self, layer: int, routed: Routed, waiting: set[int], missing: deque[int]) -> None:
+        """Begin reads that the prefetcher thinks worth while, if those of this layer have all been asked for."""
         prefetcher, buffer = self._prefetcher, self._buffer
         if prefetcher is None or not prefetcher.enabled or self._n_tokens > 1:
             return
         prefetcher.routed(layer, routed.routes.ids, self._device.ahead(layer))
+        if missing:  # there is no room for more, and what is missing may be among the guesses
+            return
         urgent = sum(int(buffer.sizes[key]) for key in waiting)
         ahead = sum(len(read.buffer) for key, read in buffer.reads.items() if key not in waiting)
         reads: list[Read] = []

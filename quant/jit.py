@@ -1,9 +1,9 @@
 """The one decorator under which edgert's kernels are compiled, and the cache that keeps their machine code.
 
 Numba keys a cached function by its own file, so an edit of a function that it calls would run old code. Here the key
-covers every source file of the folders that hold kernels, the versions of numba and llvmlite and the instruction path:
-intrinsics and kernels may then live in different files, and an upgrade or an edit is always seen. A host application's
-NUMBA_CACHE_DIR is neither read nor set.
+covers every source file that holds kernels or what they call, the versions of numba and llvmlite and the instruction
+path: intrinsics and kernels may then live in different files, and an upgrade or an edit is always seen. A host
+application's NUMBA_CACHE_DIR is neither read nor set.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ JIT_ENABLED = not config.DISABLE_JIT
 _STAMP = re.compile("[0-9a-f]{24}")
 _KEPT_DAYS = 30  # since the kernels of a state of the sources were last used
 WORK: Counter[str] = Counter()  # kernels that this process "compiled", and that it "found" in the cache
-_FOLDERS = ("edgert.quant", "edgert.devices")  # those that hold kernels
+_SOURCES = (("edgert.quant", "*.py"), ("edgert.devices", "*.py"), ("edgert.experts", "*_kernels.py"))
 
 
 def cache_root() -> Path:
@@ -97,8 +97,8 @@ def source_stamp() -> str:
     digest = hashlib.sha256(
         f"{numba.__version__} {llvmlite.__version__} {isa.choose().name} {isa.has_half_floats()}".encode()
     )
-    for name in _FOLDERS:
-        for path in sorted(_folder(name).glob("*.py")):
+    for folder, pattern in _SOURCES:
+        for path in sorted(_folder(folder).glob(pattern)):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:24]
 

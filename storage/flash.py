@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -28,20 +29,27 @@ _HUGE_PAGE = 2 << 20
 _BOUNCE_BYTES = 2 << 20  # of an unaligned read, at a time
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _MAY_ADVISE = hasattr(os, "posix_fadvise")
+# The child keeps the addresses. With MADV_DONTFORK it would not: its own memory may come to lie there, and is lost when
+# it closes what it inherited. Python has no name for this one.
+_MADV_WIPEONFORK = 18 if sys.platform == "linux" else None
 
 
 def aligned_buffer(n_bytes: int) -> npt.NDArray[np.uint8]:
     """Zeroed memory whose address is a multiple of 4,096: uint8 (n_bytes,), given back with its last view.
 
     From 2 MiB on it is in huge pages where the system has them: direct reads of 3.4 MiB records into small pages make
-    1.5 GB/s, into huge ones 2.1 (each page is looked up and pinned). A forked child does not have the memory at all:
-    kernels before 5.19 may put bytes of a read that is under way during a fork into the child's copy.
+    1.5 GB/s, into huge ones 2.1 (each page is looked up and pinned). A forked child finds zeros in it: kernels before
+    5.19 may put bytes of a read that is under way during a fork into the child's copy. MemoryError if there is none.
     """
     alignment = _HUGE_PAGE if n_bytes >= _HUGE_PAGE else ALIGNMENT
-    memory = mmap.mmap(-1, n_bytes + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE") if n_bytes >= _HUGE_PAGE else ("MADV_DONTFORK",):
-        with contextlib.suppress(AttributeError, OSError):  # of another system; a kernel without huge pages
-            memory.madvise(getattr(mmap, advice))
+    try:
+        memory = mmap.mmap(-1, n_bytes + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{n_bytes} bytes to read flash into: {error.strerror}") from error
+    for advice in (_MADV_WIPEONFORK, getattr(mmap, "MADV_HUGEPAGE", None) if n_bytes >= _HUGE_PAGE else None):
+        with contextlib.suppress(OSError):  # of another system; a kernel without huge pages
+            if advice is not None:
+                memory.madvise(advice)
     every = np.frombuffer(memory, np.uint8)
     skip = -every.__array_interface__["data"][0] % alignment
     return every[skip : skip + n_bytes]

@@ -113,7 +113,7 @@ class Experts:
         self.buffer.HALVES_FROM = 0 if halves else 1 << 30
         ahead = None
         if mode != "off":
-            ahead = Prefetcher(top_k, records.record_bytes, Controller(n_layers, mode=mode), predictors)
+            ahead = Prefetcher(top_k, records.record_bytes, Controller(n_layers, 4096, mode=mode), predictors)
         self.residency = Streamed(device, self.buffer, self.policy, top_k, ahead)
 
     def close(self) -> None:

@@ -6,6 +6,8 @@ import ctypes
 import errno
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -257,3 +259,28 @@ def test_a_read_that_a_close_overtakes_is_refused_and_nothing_leaks(path: Path) 
 def test_a_negative_offset_is_a_mistake_of_the_caller(path: Path) -> None:
     with FlashFile(path) as file, pytest.raises(ValueError, match="offset -1"):
         read(file, -1, 1)
+
+
+INHERITED = """
+import os, sys
+import numpy as np
+from edgert.storage.flash import aligned_buffer
+inherited = aligned_buffer(4 << 20)
+inherited[:] = 1
+child = os.fork()
+if child == 0:
+    zeros = not inherited.any()
+    own = [aligned_buffer(4 << 20) for _ in range(8)]
+    for buffer in own:
+        buffer[:] = 2
+    del inherited  # takes nothing away but itself
+    os._exit(0 if zeros and all((buffer == 2).all() for buffer in own) else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(status or not (inherited == 1).all())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps what is read from a forked child")
+def test_a_forked_child_inherits_addresses_and_no_bytes() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", INHERITED], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgert.experts.predictors import DEFAULT, PREDICTORS, Combined, Path, predictor_bytes
+from edgert.experts import predictors
+from edgert.experts.predictors import DEFAULT, PREDICTORS, Combined, predictor_bytes, table_bytes
 
 N_LAYERS, N_EXPERT, TOP_K = 6, 12, 2
 
@@ -51,20 +52,21 @@ def test_the_router_ahead_is_followed_and_reaches_to_the_last_layer_only() -> No
 @pytest.mark.parametrize("pairs", [True, False])
 def test_the_path_table_learns_what_follows_what(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not pairs:
-        monkeypatch.setattr(Path, "_PAIRS_BYTES", 0)
+        monkeypatch.setattr(predictors, "_PAIRS_BYTES", 0)
     found = recall(("path",), 600, "path")
     assert (found[1:] > 0.9).all() and found[0] < 0.5
 
 
 def test_a_path_table_that_would_be_large_is_left_out() -> None:
     for n_layers, n_expert in ((30, 16), (16, 64), (48, 128), (61, 256), (94, 512)):
-        path = Path(n_layers, n_expert, 8)
-        assert path.table_bytes(n_layers, n_expert) == path._table.nbytes <= 8 << 20
-        assert path.table_bytes(n_layers, n_expert) < predictor_bytes(n_layers, n_expert)
-    ids, out = np.arange(8)[None], np.zeros(512, np.float32)
+        combined = Combined(n_layers, n_expert, 8, ("path",))
+        assert table_bytes(n_layers, n_expert) == combined._knowledge.table.nbytes <= 8 << 20
+        kept = sum(array.nbytes for array in combined._knowledge if array.dtype == np.float32 and array.ndim > 1)
+        assert kept <= predictor_bytes(n_layers, n_expert) <= 1.3 * kept
     for layer in range(4):
-        path.routed(layer, ids, ())
-        assert not path.evidence(layer + 1, 1, out)
+        combined.routed(layer, np.arange(8)[None], ())
+        combined.chances(layer + 1, 1)
+        assert not combined.evidence(layer + 1, 1)[1].any()
 
 
 def test_the_previous_token_is_remembered() -> None:

@@ -32,7 +32,7 @@ SCORES = {truth: scores(ROUTES, N_EXPERT, truth) for truth in (PERFECT, FAIR, US
 
 def against_off(machine: Machine, truth: float) -> tuple[float, Controller, list[bool]]:
     """How many times as fast as without reading ahead, the controller after it, and at which tokens it was on."""
-    controller = Controller(N_LAYERS, stuck_bytes=machine.piece)
+    controller = Controller(N_LAYERS, machine.record_bytes, stuck_bytes=machine.piece)
     sizes = np.full((N_LAYERS, N_EXPERT), machine.record_bytes)
     run = Run(machine, ROUTES, N_EXPERT, Prefetcher(TOP_K, sizes, controller))
     with_it = run.decode(SCORES[truth])
@@ -82,7 +82,7 @@ def test_it_turns_off_where_it_takes_more_from_arithmetic_than_it_saves() -> Non
 
 
 def test_trials_that_fail_come_ever_more_seldom() -> None:
-    controller = Controller(N_LAYERS)
+    controller = Controller(N_LAYERS, 1_000_000)
     on = []
     for _ in range(2000):
         on.append(controller.enabled)
@@ -95,7 +95,7 @@ def test_trials_that_fail_come_ever_more_seldom() -> None:
 
 
 def test_what_is_on_is_compared_again_with_what_it_would_be_off() -> None:
-    controller = Controller(N_LAYERS)
+    controller = Controller(N_LAYERS, 1_000_000)
     without_s, on = 0.010, []
     for token in range(2000):
         on.append(controller.enabled)
@@ -106,7 +106,7 @@ def test_what_is_on_is_compared_again_with_what_it_would_be_off() -> None:
 
 
 def test_a_read_is_weighed_by_chance_window_and_queue() -> None:
-    controller = Controller(10, stuck_bytes=1 << 20)
+    controller = Controller(10, 1_000_000, stuck_bytes=1 << 20)
     for _ in range(Controller.FIRST + 1):  # 10 layers of 1 ms, and as much waiting for 10 MB; the flash reads 1 GB/s
         controller.step(0.020, 0.010, 0.010, 10_000_000)
     assert controller.enabled
@@ -114,18 +114,14 @@ def test_a_read_is_weighed_by_chance_window_and_queue() -> None:
     accepts = controller.accepts
     assert accepts(900_000, 0.5, 1, 0, 0) and not accepts(900_000, 0.05, 1, 0, 0)
     assert accepts(3_000_000, 0.9, 1, 0, 0) and not accepts(3_000_000, 0.4, 1, 0, 0)  # a wrong one would be in the way
-    assert not accepts(900_000, 0.9, 1, 0, 1_000_000)  # the window is full
-    assert accepts(900_000, 0.9, 2, 0, 1_000_000)  # but there is another after the next layer
-    assert accepts(300_000, 0.9, 1, 2_000_000, 0)  # behind urgent reads the tail of the layer is left
-    for _ in range(30):
-        if accepts(900_000, 0.9, 1, 0, 0):
-            controller.submitted()
-    assert not accepts(900_000, 0.9, 1, 0, 0)  # a token's idle time is used up
+    assert not accepts(900_000, 0.9, 1, 0, 5_000_000)  # the layer will not be idle for so long
+    assert accepts(900_000, 0.9, 2, 0, 5_000_000)  # but two of them may
+    assert accepts(300_000, 0.9, 1, 2_000_000, 0)  # behind urgent reads the rest of the layer is left
 
 
 def test_without_any_idle_or_waiting_time_nothing_is_tried() -> None:
-    for wait_s, busy_s, word in ((0.009, 0.0098, "idle 2%"), (0.0001, 0.002, "only 1%")):
-        controller = Controller(N_LAYERS)
+    for wait_s, busy_s, word in ((0.009, 0.0098, "idle 2%"), (0.0001, 0.002, "waiting takes 1%")):
+        controller = Controller(N_LAYERS, 1_000_000)
         for _ in range(100):
             controller.step(0.010, wait_s, busy_s, 1_000_000)
             assert not controller.enabled
@@ -136,7 +132,15 @@ def test_without_any_idle_or_waiting_time_nothing_is_tried() -> None:
 def forced(sizes: np.ndarray | None = None) -> Prefetcher:
     """One that always reads ahead."""
     sizes = np.full((N_LAYERS, N_EXPERT), 4096) if sizes is None else sizes
-    return Prefetcher(TOP_K, sizes, Controller(len(sizes), mode="always"))
+    return Prefetcher(TOP_K, sizes, Controller(len(sizes), 4096, mode="always"))
+
+
+def guesses(prefetcher: Prefetcher, layer: int, target: int | None = None) -> tuple[list, list]:
+    """(key, chance) for the next layer, which is `target`, and for the one after it, if nothing is in RAM."""
+    target = (layer + 1) % N_LAYERS if target is None else target
+    found = prefetcher.guesses(layer, np.full(N_LAYERS * N_EXPERT, ABSENT, np.uint8))
+    near = [guess for guess in found if guess[0] // N_EXPERT == target]
+    return near, [guess for guess in found if guess not in near]
 
 
 def pointing_at(*experts: int) -> np.ndarray:
@@ -150,15 +154,16 @@ def test_guesses_follow_the_routers_of_the_next_layers_and_wrap_to_the_next_toke
     prefetcher = forced()
     assert prefetcher.enabled and prefetcher.n_ahead == 2
     prefetcher.routed(2, np.array([[1, 2]]), [pointing_at(3, 7), pointing_at(9, 11)])
-    near, far = prefetcher.guesses(2, 1), prefetcher.guesses(2, 2)
+    near, far = guesses(prefetcher, 2)
     assert {key for key, _ in near[:2]} == {3 * N_EXPERT + 3, 3 * N_EXPERT + 7}
     assert {key for key, _ in far[:2]} == {4 * N_EXPERT + 9, 4 * N_EXPERT + 11}
     assert [p for _, p in near] == sorted((p for _, p in near), reverse=True) and near[0][1] > 0.5
     for _ in range(40):
         for layer in range(N_LAYERS):
             prefetcher.routed(layer, np.array([[4, 5]]), [])
-    assert {key for key, _ in prefetcher.guesses(N_LAYERS - 1, 1)[:2]} == {4, 5}
-    assert {key for key, _ in prefetcher.guesses(N_LAYERS - 1, 2)[:2]} == {N_EXPERT + 4, N_EXPERT + 5}
+    near, far = guesses(prefetcher, N_LAYERS - 1)
+    assert {key for key, _ in near[:2]} == {4, 5}
+    assert {key for key, _ in far[:2]} == {N_EXPERT + 4, N_EXPERT + 5}
 
 
 def test_layers_without_experts_are_not_guessed_at() -> None:
@@ -166,7 +171,8 @@ def test_layers_without_experts_are_not_guessed_at() -> None:
     sizes[0] = 0
     prefetcher = forced(sizes)
     prefetcher.routed(N_LAYERS - 1, np.array([[1, 2]]), [])
-    assert prefetcher.guesses(N_LAYERS - 1, 1) == [] and prefetcher.guesses(N_LAYERS - 1, 2)
+    near, far = guesses(prefetcher, N_LAYERS - 1, target=0)
+    assert near == [] and far
 
 
 def test_only_what_is_away_is_chosen_and_all_that_was_read_is_booked() -> None:
@@ -199,7 +205,7 @@ def test_what_was_not_submitted_is_not_booked() -> None:
 
 
 def test_off_is_off() -> None:
-    controller = Controller(N_LAYERS, mode="off")
+    controller = Controller(N_LAYERS, 4096, mode="off")
     for _ in range(100):
         controller.step(0.020, 0.010, 0.010, 10_000_000)
     assert not controller.enabled

@@ -2,9 +2,10 @@
 
 python tools/prefetch_curve.py MODEL [--residency 12.5%,25%,50%] [--flash 0,100,30] [--turns 7] [--tokens 64]
 
-Two processes hold the same model, one with --prefetch off, one with auto, and take turns with the same tokens; at each
-residency, and at each limit of the flash in MB/s (0: none; others need root and cgroups). Then the routes of the text
-are replayed with all policies and predictors. The last line is one JSON document.
+One process holds the model, and what decides about reading ahead is changed between the runs; the text goes on. (Of two
+processes with the same model, one may read the same flash 15 % faster throughout: it lies in the memory they got.) Each
+residency is measured, and each limit of the flash in MB/s (0: none; others need root and cgroups). Then the routes of
+the text are replayed with all policies and predictors. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,115 +32,105 @@ from edgert.cli.options import parse_shares
 from edgert.experts.replay import replay
 from edgert.experts.streamed import Streamed
 from edgert.experts.trace import Trace
-from edgert.loading import load_parts
+from edgert.loading import Parts, load_parts
 
 _LOWEST = 0.98  # reading ahead is never to be slower than this
 
 
 class WorkerError(Exception):
-    """A process that holds a model did not do what it should."""
+    """The process that holds a model did not do what it should."""
 
 
-class Worker:
-    """A process with a model of its own, which runs when it is asked to."""
-
-    def __init__(self, options: argparse.Namespace, residency: float, prefetch: str, trace: str | None = None) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would take this process's threads for its own
-        self._line, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, options, residency, prefetch, trace), daemon=True)
-        self._process.start()
-        other.close()
-        self.experts_path = Path(self.ask(None))
-
-    @property
-    def number(self) -> int:
-        """The process."""
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def ask(self, request: str | None) -> Any:
-        """The answer to "prepare" or "run"; WorkerError if there is none."""
-        try:
-            if request is not None:
-                self._line.send(request)
-            answer = self._line.recv()
-        except (EOFError, OSError):
-            raise WorkerError("a process with a model ended early; what it said is above") from None
-        if isinstance(answer, Exception):
-            raise WorkerError(f"{type(answer).__name__}: {answer}")
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        self._line.close()
-        self._process.join()
+def compare(options: argparse.Namespace, residency: float, flash_mb: int) -> dict[str, Any]:
+    """Turns of both at one residency and one limit of the flash, in a process of their own. WorkerError, CageError."""
+    context = multiprocessing.get_context("spawn")  # a fork would take this process's threads for its own
+    line, other = context.Pipe()
+    process = context.Process(target=_serve, args=(other, options, residency, flash_mb), daemon=True)
+    process.start()
+    other.close()
+    assert process.pid is not None
+    with ExitStack() as after, ExitStack() as held:
+        held.callback(process.join)
+        held.callback(line.close)  # the process ends then
+        experts_path = _answer(line)
+        if flash_mb:
+            after.enter_context(SlowFlash(experts_path, flash_mb * 1_000_000)).add(process.pid)
+        line.send("go")
+        found: dict[str, Any] = _answer(line)
+    return found
 
 
-def _serve(line: Any, options: argparse.Namespace, residency: float, prefetch: Any, trace: str | None) -> None:
-    """A worker: load, then do what is asked for until the other side is gone."""
+def _answer(line: Any) -> Any:
+    """What the other side says; WorkerError if that is an error or nothing."""
     try:
-        test, n_on = Test("text", options.tokens), [0]
-        with ExitStack() as held:
-            parts = load_parts(
-                options.model,
-                memory=None,
-                residency=residency,
-                policy=options.policy,
-                prefetch=prefetch,
-                trace=trace,
-                context=context_for([test], options.turns, options.warm),
-                threads=options.threads,
-                device="auto",
-                kv_type="f16",
-                activations="int8",
-                progress=lambda stage, fraction: None,
-            )
-            held.callback(parts.close)
-            resident = parts.engine.residency
-            assert isinstance(resident, Streamed), "the model does not stream: give residencies below 100%"
-            ahead, flash = resident.prefetcher, flash_rate_of(resident)
+        answer = line.recv()
+    except (EOFError, OSError):
+        raise WorkerError("the process with the model ended early; what it said is above") from None
+    if isinstance(answer, Exception):
+        raise WorkerError(f"{type(answer).__name__}: {answer}")
+    return answer
 
-            def count() -> None:
-                n_on[0] += ahead is not None and ahead.enabled
 
-            runner = Runner(parts, count, warm=options.warm)
-            line.send(str(parts.file.path / "experts.bin"))
-            while True:
-                if line.recv() == "prepare":
-                    runner.prepare(test)
-                    line.send(None)
-                    continue
-                n_on[0] = 0
-                rate = flash.measure() if flash is not None else None
-                run = runner.run(test)
-                word = "off" if ahead is None else ahead.controller.reason
-                counts = {**asdict(run.counts), "hit_rate": run.counts.hit_rate}
-                line.send({"seconds": run.seconds, "flash": rate, "on": n_on[0], "word": word, **counts})
+def _serve(line: Any, options: argparse.Namespace, residency: float, flash_mb: int) -> None:
+    try:
+        line.send(_compare(line, options, residency, flash_mb))
     except (EOFError, KeyboardInterrupt):
         return
     except Exception as problem:
         line.send(problem)
 
 
-# ---- the comparison --------------------------------------------------------------------------------------------------
-def compare(options: argparse.Namespace, residency: float, flash_mb: int) -> dict[str, Any]:
-    """Turns of both at one residency and one limit of the flash. WorkerError, CageError."""
-    with ExitStack() as after, ExitStack() as held:
-        workers = {}
-        for mode in ("off", "auto"):
-            workers[mode] = Worker(options, residency, mode)
-            held.callback(workers[mode].close)
-        if flash_mb:
-            slow = after.enter_context(SlowFlash(workers["off"].experts_path, flash_mb * 1_000_000))
-            for worker in workers.values():
-                slow.add(worker.number)
-        for worker in workers.values():
-            worker.ask("prepare")
-        turns: dict[str, list[dict[str, Any]]] = {mode: [] for mode in workers}
+@contextmanager
+def _loaded(options: argparse.Namespace, residency: float, test: Test, trace: str | None = None) -> Iterator[Parts]:
+    """The model, with room for all turns of the test."""
+    parts = load_parts(
+        options.model,
+        memory=None,
+        residency=residency,
+        policy=options.policy,
+        prefetch="auto",
+        trace=trace,
+        context=context_for([test], 2 * options.turns, options.warm),
+        threads=options.threads,
+        device="auto",
+        kv_type="f16",
+        activations="int8",
+        progress=lambda stage, fraction: None,
+    )
+    try:
+        yield parts
+    finally:
+        parts.close()
+
+
+def _compare(line: Any, options: argparse.Namespace, residency: float, flash_mb: int) -> dict[str, Any]:
+    test = Test("text", options.tokens)
+    with ExitStack() as held:
+        parts = held.enter_context(_loaded(options, residency, test))
+        resident = parts.engine.residency
+        assert isinstance(resident, Streamed), "the model does not stream: give residencies below 100%"
+        ahead, flash = resident.prefetcher, flash_rate_of(resident)
+        assert ahead is not None and flash is not None
+        line.send(parts.file.path / "experts.bin")
+        line.recv()
+        deciding = {"off": ahead.controller.afresh("off"), "auto": ahead.controller.afresh("auto")}
+        turns: dict[str, list[dict[str, Any]]] = {mode: [] for mode in deciding}
+        n_on = [0]
+
+        def count() -> None:
+            n_on[0] += ahead.enabled
+
+        ahead.controller = deciding["off"]
+        runner = Runner(parts, count, warm=options.warm)
+        runner.prepare(test)
         for turn in range(options.turns):
             for mode in ("off", "auto") if turn % 2 == 0 else ("auto", "off"):
-                turns[mode].append(workers[mode].ask("run"))
-    return summary(residency, flash_mb, options.tokens, turns["off"], turns["auto"])
+                ahead.controller, n_on[0] = deciding[mode], 0
+                rate, run = flash.measure(), runner.run(test)
+                word = "off" if mode == "off" else ahead.controller.reason
+                counts = {**asdict(run.counts), "hit_rate": run.counts.hit_rate}
+                turns[mode].append({"seconds": run.seconds, "flash": rate, "on": n_on[0], "word": word, **counts})
+        return summary(residency, flash_mb, options.tokens, turns["off"], turns["auto"])
 
 
 def summary(
@@ -189,15 +180,14 @@ def describe(found: dict[str, Any]) -> str:
 
 def replayed(options: argparse.Namespace) -> dict[str, Any]:
     """Hits of all policies and recall of all predictors on the routes of the text."""
+    test = Test("text", options.tokens)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.npz"
-        worker = Worker(options, max(options.residency), "off", str(path))
-        try:
-            worker.ask("prepare")
-            for _ in range(options.turns):
-                worker.ask("run")
-        finally:
-            worker.close()
+        with _loaded(options, max(options.residency), test, str(path)) as parts:
+            runner = Runner(parts, lambda: None, warm=options.warm)
+            runner.prepare(test)
+            for _ in range(2 * options.turns):
+                runner.run(test)
         return replay_command.as_json(replay(Trace.load(path), options.residency), None)
 
 
