@@ -69,7 +69,7 @@ class Controller:
     _MEMORY = 12  # tokens without reading ahead that are remembered: of the last controls
     _CLIP = 0.5  # of a token's time: what one token may count for, so that one stall does not decide
     _POLLUTION = 0.1  # chance that what a wrong read drives out would have been used soon
-    _LAYER_S, _READ_S = 100e-6, 60e-6  # Python's part of guessing at each layer, and of one read
+    _LAYER_S, _READ_S = 120e-6, 60e-6  # Python's part of guessing at each layer, and of one read
     _HIDDEN = 0.5  # of the idle time, or of the waiting if that is less, that reading ahead may save
     _MARGIN = 1.2  # expected gain over expected loss
 

@@ -3,9 +3,9 @@
 python tools/streaming_matrix.py [--models NAME,...] [--golden-tokens 64] [--tokens 64] [--predictors] [--every 1]
 
 Policy x prefetch mode x share of the experts in RAM x threads x chunk, for the golden models and the embedded one: all
-logits of a prompt, then tokens greedily, bit for bit. Ends at the first difference with status 1. All of it takes an
-hour or two; `--every 3` runs every third combination of the embedded model, `--predictors` each predictor alone as
-well. Needs tests/.
+logits of a prompt, then tokens greedily, bit for bit. Ends at the first difference with status 1. A golden model takes
+some minutes, and there are 45; `--every 3` runs every third combination, `--predictors` each predictor alone as well.
+Needs tests/.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--golden-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="of the embedded model")
     parser.add_argument("--predictors", action="store_true", help="each alone as well")
-    parser.add_argument("--every", type=int, default=1, help="combination of the embedded model")
+    parser.add_argument("--every", type=int, default=1, help="combination of so many")
     options = parser.parse_args(arguments)
     names = options.models.split(",") if options.models else [*golden_names(), EMBEDDED]
     guesses = MODES | (ALONE if options.predictors else {})
-    of_golden = Plan((1, 7, 17, N_PROMPT), guesses, options.golden_tokens)
+    of_golden = Plan((1, 7, 17, N_PROMPT), guesses, options.golden_tokens, options.every)
     of_embedded = Plan((20, N_PROMPT), guesses, options.tokens, options.every)
     print(f"{'model':24}{'runs':>8}{'compared':>15}{'read':>13}   {'hit rate':11}{'time':>11}")
     rows = []
