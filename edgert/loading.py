@@ -20,6 +20,7 @@ from edgert.chat_template import ChatTemplate
 from edgert.devices.base import Device
 from edgert.engine import Engine, Session
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
+from edgert.experts import predictors
 from edgert.experts.prefetch_control import Mode
 from edgert.experts.residency import AllResident, Residency
 from edgert.memory import Budget, MemoryPlan, Needs, available, budget_for, parse_share, plan_memory
@@ -135,6 +136,8 @@ def load_parts(
         )
         held.callback(made.close)
         _compile(_kernels(made, weights, kv_type, activations), progress)
+        if config.router is not None and (plan.slots or not predictors.is_compiled()):
+            predictors.prepare()
         if not isinstance(file, Bundle):
             _pack_nothing(weights, file)
         file_pages.release(dropping=budget.strict)  # after the compiler

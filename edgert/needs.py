@@ -6,7 +6,7 @@ import numpy as np
 
 from edgert.devices.base import CHUNK
 from edgert.devices.kv_cache import cache_bytes, check_kv_type
-from edgert.experts.predictors import predictor_bytes
+from edgert.experts.predictors import is_compiled, predictor_bytes
 from edgert.memory import WORD_BYTES, Needs
 from edgert.quant import jit
 from edgert.storage.bundle import Bundle
@@ -52,7 +52,7 @@ def needs(
         tokenizer=WORD_BYTES * (config.n_vocab + n_merges),
         context=n_context,
         kv_type=kv_type,
-        compiling=not all(jit.is_compiled(kernel) for kernel, _ in kernels),
+        compiling=not (all(jit.is_compiled(kernel) for kernel, _ in kernels) and (not n_expert or is_compiled())),
         loading=max(weights.packing_bytes(name) for name in in_ram),
         cold=int(sizes.sum()),
         record=int(sizes.max(initial=0)),

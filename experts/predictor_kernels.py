@@ -218,7 +218,7 @@ def list_guesses(k: Knowledge, layer: int, state: Any, has_experts: Any, least: 
     """
     n_layers, n_expert = k.chances.shape[1:]
     n, most = 0, len(keys) // AHEAD
-    for distance in range(1, AHEAD + 1):
+    for distance in range(1, min(AHEAD, n_layers) + 1):  # no layer twice
         target = (layer + distance) % n_layers
         if not has_experts[target]:
             continue

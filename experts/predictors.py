@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from edgert.experts.predictor_kernels import AHEAD as AHEAD
 from edgert.experts.predictor_kernels import N_PREDICTORS, Knowledge, guess, learn, list_guesses
+from edgert.quant import jit
 from edgert.types import Floats, Ids
 
 PREDICTORS = ("router", "path", "previous", "frequency")  # in the order of the kernels' rows
@@ -73,6 +74,11 @@ def _nothing_known(n_layers: int, n_expert: int, top_k: int, names: Sequence[str
     )
 
 
+def is_compiled() -> bool:
+    """Whether prepare() only has to load."""
+    return all(map(jit.is_compiled, (learn, list_guesses)))
+
+
 @functools.cache
 def prepare() -> None:
     """Compile now, or load what was compiled, so that no token waits for it."""
@@ -95,6 +101,7 @@ class Combined:
         last token; may be empty.
         """
         knowledge = self._knowledge
+        assert ids.shape[1:] == knowledge.last.shape[1:] and ids.dtype == np.int64 and ids.flags.c_contiguous
         for row, scores in zip(knowledge.scores, lookahead, strict=False):
             row[:] = scores[: len(row)]
         knowledge.n_scores[0] = len(lookahead)
@@ -122,4 +129,7 @@ class Combined:
         found: Floats,
     ) -> int:
         """Fill in what is likely to be used after `layer` and absent; see predictor_kernels.list_guesses."""
+        n_layers, n_expert = self._knowledge.chances.shape[1:]
+        assert state.shape == (n_layers * n_expert,) and has_experts.shape == (n_layers,)
+        assert keys.shape == found.shape and len(keys) % AHEAD == 0
         return int(list_guesses(self._knowledge, layer, state, has_experts, least, keys, found))

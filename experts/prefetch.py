@@ -43,6 +43,12 @@ class Prefetcher:
         self._ahead_bytes = 0
         self.controller = controller
 
+    def decide_by(self, controller: Controller) -> None:
+        """Let another controller decide from now on; what was read ahead for the last one is booked by nobody."""
+        self.controller = controller
+        for asked in self._asked:
+            asked.clear()
+
     @property
     def enabled(self) -> bool:
         """The controller's present word; changes between tokens only."""
@@ -92,18 +98,18 @@ class Prefetcher:
         n = self._combined.list_absent(layer, state, self._has_experts, _LEAST_CHANCE, self._keys, self._chances)
         return list(zip(self._keys[:n].tolist(), self._chances[:n].tolist(), strict=True))
 
-    def choose(self, layer: int, state: npt.NDArray[np.uint8], urgent_bytes: int, ahead_bytes: int) -> Iterator[int]:
+    def choose(self, layer: int, state: npt.NDArray[np.uint8], urgent: bool, ahead_bytes: int) -> Iterator[int]:
         """Keys to read now, best first; the caller confirms each with submitted(), or stops.
 
-        urgent_bytes, ahead_bytes: of reads that are under way, for this layer and for later ones.
+        urgent: whether reads for this layer are under way. ahead_bytes: of those for later ones.
         """
         self._ahead_bytes = ahead_bytes
         full = 0  # the layer for which nothing more is accepted: its other guesses are less likely
         for key, chance in self.guesses(layer, state):
             distance = (key // self._n_expert - layer) % self._n_layers or self._n_layers
-            if distance == full:
+            if distance == full or state[key] != ABSENT:  # it may have been read since
                 continue
-            if self.controller.accepts(int(self._sizes[key]), chance, distance, urgent_bytes, self._ahead_bytes):
+            if self.controller.accepts(int(self._sizes[key]), chance, distance, urgent, self._ahead_bytes):
                 yield key
             else:
                 full = distance

@@ -90,7 +90,7 @@ class Controller:
         self._with: list[_With] = []  # of the run under way, or just over
         self._rounds: deque[float] = deque(maxlen=self.ROUNDS)  # gains of the last runs
         self._expected, self._trust = 0.0, self._TRUST  # gain of the trial under way, and what that counts for
-        self._compute_s, self._wait_s_per_byte, self._idle_s = 0.0, 0.0, 0.0  # of a token without
+        self._compute_s, self._wait_s, self._wait_s_per_byte, self._idle_s = 0.0, 0.0, 0.0, 0.0  # of a token without
         self._saved, self._ahead_bytes, self._lost_bytes = 0, 0, 0  # bytes of this token's outcomes
         self._until, self._run, self._pause = self.FIRST, self.RUN, self.PAUSE  # tokens
         self._settling = False  # the token after a change is half of each kind
@@ -106,20 +106,20 @@ class Controller:
         )
 
     # ---- each read ---------------------------------------------------------------------------------------------------
-    def accepts(self, n_bytes: int, probability: float, distance: int, urgent_bytes: int, ahead_bytes: int) -> bool:
+    def accepts(self, n_bytes: int, probability: float, distance: int, urgent: bool, ahead_bytes: int) -> bool:
         """Whether to read a record ahead that is used with this probability, `distance` layers from now.
 
         The idle time of a layer is taken for exponentially distributed about its mean: `begins` is then the chance that
         it outlasts the reads before this one, and `hidden_s` what it hides of this one if it does.
 
-        urgent_bytes, ahead_bytes: what was asked for and is not there yet, for now and ahead.
+        urgent: whether experts of this layer are under way. ahead_bytes: what was asked for ahead and is not there yet.
         """
         if self.mode == "always":
             return probability >= 0.2 and ahead_bytes <= 4 * n_bytes
         if not self._rate:
             return False
         idle_s, layer_s = distance * self._idle_s / self._n_layers, self._compute_s / self._n_layers
-        idle_s = max(idle_s, 1e-9 if urgent_bytes else layer_s)
+        idle_s = max(idle_s, 1e-9 if urgent else layer_s)
         read_s = n_bytes / self._rate
         begins = math.exp(-ahead_bytes / self._rate / idle_s)
         hidden_s = idle_s * (1.0 - math.exp(-read_s / idle_s))
@@ -166,16 +166,15 @@ class Controller:
 
     def _begin(self) -> None:
         """Start a run, if there is anything to gain."""
-        n = len(self._without)
-        seconds = sum(token.seconds for token in self._without) / n
-        wait_s = sum(token.wait_s for token in self._without) / n
+        seconds, wait_s = self._compute_s + self._wait_s, self._wait_s
         idle = self._idle_s / seconds
         saved_s = self._HIDDEN * min(self._idle_s, wait_s)
         n_reads = saved_s * self._rate / self._record_bytes if self._record_bytes else 0.0
         costs_s = self._n_layers * self._LAYER_S + n_reads * self._READ_S
         gain = (saved_s - costs_s) / seconds
-        if idle >= self.LEAST_IDLE and gain >= self.STARTS_AT:
-            self._expected = min(gain, self.MOST)
+        if idle >= self.LEAST_IDLE and (self._rounds or gain >= self.STARTS_AT):
+            if not self._rounds:
+                self._expected = min(gain, self.MOST)
             self._switch(True, self._run, f"on: the flash is idle {idle:.0%} of the time")
             return
         self._until = self.FIRST
@@ -183,7 +182,10 @@ class Controller:
         if idle < self.LEAST_IDLE:
             self.reason = f"off: the flash is idle {idle:.0%} of the time, there is no room to read ahead"
         else:
-            self.reason = f"off: waiting takes {wait_s / seconds:.0%} of the time, less than reading ahead would cost"
+            least = (
+                f"waiting takes {wait_s / seconds:.0%}" if wait_s < self._idle_s else f"the flash is idle {idle:.0%}"
+            )
+            self.reason = f"off: {least} of the time, and reading ahead would cost as much as it may save of it"
 
     def _measure(self) -> None:
         """What tokens without reading ahead take, one stall not counting for more than it should."""
@@ -194,7 +196,7 @@ class Controller:
         wait_s = sum(token.wait_s * scale for token, scale in zip(tokens, scales, strict=True))
         seconds = sum(token.seconds * scale for token, scale in zip(tokens, scales, strict=True))
         busy_s = sum(token.busy_s * scale for token, scale in zip(tokens, scales, strict=True))
-        self._compute_s = (seconds - wait_s) / n
+        self._compute_s, self._wait_s = (seconds - wait_s) / n, wait_s / n
         self._wait_s_per_byte = wait_s / n_bytes if n_bytes else 0.0
         self._idle_s = max(0.0, seconds - busy_s) / n
 

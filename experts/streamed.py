@@ -40,6 +40,7 @@ class Streamed:
         self.between_requests: Callable[[], None] = lambda: None  # and this one when an answer begins
         self._n_tokens, self._n_missed = 0, 0  # of the step under way
         self._begun = 0.0, ExpertCounts()  # when it began, and the counts then
+        self._ended_at, self._under_way = 0, 0  # when the last step ended: bytes that had been read, and asked for
         self._open = False  # a step has begun and not finished
         self._acquired: set[int] = set()  # layers of this step that were asked for
         largest, by_layer = int(buffer.sizes.max()), buffer.sizes.reshape(-1, self._n_expert).sum(axis=1)
@@ -95,7 +96,7 @@ class Streamed:
         if self._open:
             self._buffer.recover()
         self._open = True
-        self._buffer.book(self._reader.poll())  # in a child of a fork this says so, before memory that it has not got
+        self._buffer.book(self._reader.poll())  # a child of a fork learns here that it has neither lanes nor bytes
         self.watch()
         if self._wanted != self._buffer.n_bytes:
             self._buffer.cancel_all()
@@ -140,9 +141,12 @@ class Streamed:
         if self._prefetcher is not None and self._n_tokens == 1:
             started, before = self._begun
             took = self.counts - before
+            took.bytes_read += min(before.bytes_read - self._ended_at, self._under_way)  # while the head ran
             self._prefetcher.controller.step(
                 time.perf_counter() - started, took.flash_wait_s, took.flash_busy_s, took.bytes_read
             )
+        self._ended_at = self._reader.bytes_read
+        self._under_way = sum(len(read.buffer) for read in self._buffer.reads.values())
 
     # ---- the experts of one layer ------------------------------------------------------------------------------------
     def _as_they_come(self, layer: int, routed: Routed, keys: Ids, missing: deque[int]) -> Iterator[ExpertGroup]:
@@ -156,16 +160,18 @@ class Streamed:
         if len(there):
             yield ExpertGroup(there - start)
             buffer.pins[there] = 0
-        if waiting:
+        arrived: list[tuple[int, bool]] = []
+        if waiting:  # Python's work ahead hides behind these reads
+            arrived = self._book(self._reader.poll(), missing)
             buffer.read(missing, layer)
-            self._read_ahead(layer, routed, waiting, missing)  # only now: Python's work hides behind the reads
+            self._read_ahead(layer, routed, waiting, missing)
         while waiting:
             buffer.read(missing, layer)
-            assert buffer.reads, "the expert buffer holds fewer experts than a token needs"
+            assert buffer.reads or arrived, "the expert buffer holds fewer experts than a token needs"
             halves: set[int] = set()
             wholes: list[int] = []
             rests: list[int] = []
-            for key, whole in self._wait(missing):
+            for key, whole in arrived or self._wait(missing):
                 if key in waiting and not whole:
                     halves.add(key)
                 elif key in waiting:
@@ -174,6 +180,7 @@ class Streamed:
             for group, phases in ((sorted(halves), 1), (wholes, 3), (rests, 2)):
                 if group:
                     yield ExpertGroup(np.array(group) - start, phases)
+            arrived = []
             begun |= halves
             waiting.difference_update(wholes, rests)
             buffer.pins[wholes + rests] = 0
@@ -242,7 +249,7 @@ class Streamed:
         prefetcher.routed(layer, routed.routes.ids, self._device.ahead(layer))
         if missing:  # there is no room for more, and what is missing may be among the guesses
             return
-        urgent = sum(int(buffer.sizes[key]) for key in waiting)
+        urgent = any(buffer.state[key] == READING for key in waiting)
         ahead = sum(len(read.buffer) for key, read in buffer.reads.items() if key not in waiting)
         reads: list[Read] = []
         for key in prefetcher.choose(layer, buffer.state, urgent, ahead):

@@ -30,8 +30,8 @@ _BOUNCE_BYTES = 2 << 20  # of an unaligned read, at a time
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _MAY_ADVISE = hasattr(os, "posix_fadvise")
 # The child keeps the addresses. With MADV_DONTFORK it would not: its own memory may come to lie there, and is lost when
-# it closes what it inherited. Python has no name for this one.
-_MADV_WIPEONFORK = 18 if sys.platform == "linux" else None
+# it closes what it inherited. Python has no name for this one, which Linux has had since 4.14.
+_MADV_WIPEONFORK = 18
 
 
 def aligned_buffer(n_bytes: int) -> npt.NDArray[np.uint8]:
@@ -46,10 +46,11 @@ def aligned_buffer(n_bytes: int) -> npt.NDArray[np.uint8]:
         memory = mmap.mmap(-1, n_bytes + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{n_bytes} bytes to read flash into: {error.strerror}") from error
-    for advice in (_MADV_WIPEONFORK, getattr(mmap, "MADV_HUGEPAGE", None) if n_bytes >= _HUGE_PAGE else None):
-        with contextlib.suppress(OSError):  # of another system; a kernel without huge pages
-            if advice is not None:
-                memory.madvise(advice)
+    if sys.platform == "linux":
+        memory.madvise(_MADV_WIPEONFORK)
+    if n_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     every = np.frombuffer(memory, np.uint8)
     skip = -every.__array_interface__["data"][0] % alignment
     return every[skip : skip + n_bytes]

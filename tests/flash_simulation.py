@@ -84,8 +84,8 @@ class Machine:
     record_bytes: int
     rate: float
     n_slots: int
-    stop_s: float = 60e-6
-    read_s: float = 20e-6
+    stop_s: float = 100e-6
+    read_s: float = 60e-6
     contention: float = 0.0  # seconds of arithmetic lost for each second that the drive reads ahead
     piece: int = 512 << 10
     noise: float = 0.1
@@ -143,10 +143,15 @@ class Run:
         waiting = {key for key in keys.tolist() if state[key] != READY}
         for key in missing:
             self._read(key, layer, urgent=True)
-        if self.prefetcher is not None and self.prefetcher.enabled:
+        part_s, ahead = (
+            0.6 * machine.layer_s * slow / self.top_k,
+            self.prefetcher is not None and self.prefetcher.enabled,
+        )
+        if ahead and not waiting:
             self._ahead(layer, ids, lookahead)
-        part_s = 0.6 * machine.layer_s * slow / self.top_k
         self._compute(part_s * (self.top_k - len(waiting)))
+        if ahead and waiting:
+            self._ahead(layer, ids, lookahead)
         while waiting:
             arrived = [key for key in waiting if state[key] == READY]
             if not arrived:
@@ -165,7 +170,7 @@ class Run:
         urgent = [key for key in ids + layer * self.n_expert if self.state[key] == READING]
         n_reading = int(np.count_nonzero(self.state == READING))
         size = self.machine.record_bytes
-        for key in self.prefetcher.choose(layer, self.state, size * len(urgent), size * (n_reading - len(urgent))):
+        for key in self.prefetcher.choose(layer, self.state, bool(urgent), size * (n_reading - len(urgent))):
             if not self._read(key, layer, urgent=False):
                 break
             self.prefetcher.submitted(key)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edgert.experts import predictors
+from edgert.experts.predictor_kernels import Knowledge
 from edgert.experts.predictors import DEFAULT, PREDICTORS, Combined, predictor_bytes, table_bytes
 
 N_LAYERS, N_EXPERT, TOP_K = 6, 12, 2
@@ -123,3 +124,61 @@ def test_scores_that_are_not_numbers_do_no_lasting_harm() -> None:
             assert np.isfinite(combined.chances(1, 1)).all()
         combined.routed(1, np.array([[1, 2]]), [])
     assert np.isfinite(combined.chances(2, 1)).all()
+
+
+# ---- the kernels beside the obvious ----------------------------------------------------------------------------------
+def plain_chances(knowledge: Knowledge, target: int, distance: int) -> np.ndarray:
+    """What guess() should find, from what learn() has kept; all four kinds of evidence."""
+    n_layers, n_expert = knowledge.recent.shape
+    odds = np.full(n_expert, knowledge.weights[distance - 1, target, 0], np.float64)
+
+    def log_odds(shares: np.ndarray) -> np.ndarray:
+        shares = np.clip(shares, 1e-3, 1 - 1e-3)
+        return np.log(shares / (1 - shares))
+
+    def add(row: int, evidence: np.ndarray) -> None:
+        odds[:] += knowledge.weights[distance - 1, target, 1 + row] * evidence
+
+    if distance <= min(knowledge.n_scores[0], target):
+        scores = knowledge.scores[distance - 1].astype(np.float64)
+        chosen = np.sort(scores)[-knowledge.last.shape[1]]
+        add(0, np.maximum((scores - chosen) / scores.std(), -4))
+    before, last = knowledge.last[(target - 2) % n_layers], knowledge.last[(target - 1) % n_layers]
+    if distance == 1 and knowledge.table.shape[1] and (before >= 0).all() and (last >= 0).all():
+        pairs = knowledge.table.shape[1] == n_expert**2
+        rows = (before[:, None] * n_expert + last).ravel() if pairs else np.concatenate((before, last + n_expert))
+        uses = knowledge.table[target, rows].astype(np.float64).sum(axis=0)
+        add(1, log_odds((uses[:-1] + 2 * knowledge.path_shares[target]) / (uses[-1] + 2)))
+    add(2, knowledge.recent[target])
+    add(3, log_odds(knowledge.shares[target].astype(np.float64)))
+    return 1 / (1 + np.exp(-np.maximum(odds, -15)))
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize(("n_layers", "n_expert", "top_k"), [(1, 3, 1), (2, 5, 5), (3, 16, 4), (4, 33, 7)])
+def test_kernels_find_what_the_obvious_finds(
+    n_layers: int, n_expert: int, top_k: int, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not pairs:
+        monkeypatch.setattr(predictors, "_PAIRS_BYTES", 0)
+    draw = np.random.default_rng(n_expert)
+    combined = Combined(n_layers, n_expert, top_k, PREDICTORS)
+    keys, found = np.zeros(2 * top_k, np.int64), np.zeros(2 * top_k, np.float32)
+    state, has_experts = np.zeros(n_layers * n_expert, np.uint8), np.ones(n_layers, np.bool_)
+    for token in range(80):
+        for layer in range(n_layers):
+            ids = np.argsort(draw.random((1 + 4 * (token % 9 == 0), n_expert)), axis=1)[:, :top_k].copy()
+            scores = draw.normal(size=(2, n_expert + 3)).astype(np.float32)
+            combined.routed(layer, ids, scores[: draw.integers(3)])
+            state[:] = draw.integers(3, size=len(state)) // 2  # one in three is not absent
+            n, listed = combined.list_absent(layer, state, has_experts, 0.05, keys, found), list[tuple[int, float]]()
+            for distance in range(1, min(2, n_layers) + 1):
+                target = (layer + distance) % n_layers
+                expected = plain_chances(combined._knowledge, target, distance)
+                np.testing.assert_allclose(combined.chances(target, distance), expected, rtol=2e-3, atol=1e-5)
+                made = combined.chances(target, distance)
+                best = [e for e in np.argsort(-made, kind="stable") if made[e] > 0.05]
+                absent = [e for e in best if state[target * n_expert + e] == 0]
+                listed += [(target * n_expert + e, made[e]) for e in absent[:top_k]]
+            assert keys[:n].tolist() == [key for key, _ in listed]
+            assert found[:n].tolist() == [chance for _, chance in listed]

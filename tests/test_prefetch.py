@@ -90,7 +90,7 @@ def test_trials_that_fail_come_ever_more_seldom() -> None:
         controller.step(seconds, 0.004, 0.005, 5_000_000)
     starts = [i for i in range(1, len(on)) if on[i] and not on[i - 1]]
     pauses = np.diff(starts)
-    assert len(starts) >= 4 and (pauses[1:] > 1.7 * pauses[:-1]).all()
+    assert len(starts) >= 4 and (pauses[1:] > 3 * pauses[:-1]).all()
     assert sum(on) < 60
 
 
@@ -112,11 +112,11 @@ def test_a_read_is_weighed_by_chance_window_and_queue() -> None:
     assert controller.enabled
     controller.step(0.020, 0.010, 0.010, 10_000_000)
     accepts = controller.accepts
-    assert accepts(900_000, 0.5, 1, 0, 0) and not accepts(900_000, 0.05, 1, 0, 0)
-    assert accepts(3_000_000, 0.9, 1, 0, 0) and not accepts(3_000_000, 0.4, 1, 0, 0)  # a wrong one would be in the way
-    assert not accepts(900_000, 0.9, 1, 0, 5_000_000)  # the layer will not be idle for so long
-    assert accepts(900_000, 0.9, 2, 0, 5_000_000)  # but two of them may
-    assert accepts(300_000, 0.9, 1, 2_000_000, 0)  # behind urgent reads the rest of the layer is left
+    assert accepts(900_000, 0.5, 1, False, 0) and not accepts(900_000, 0.05, 1, False, 0)
+    assert accepts(3_000_000, 0.9, 1, False, 0) and not accepts(3_000_000, 0.4, 1, False, 0)  # it would be in the way
+    assert not accepts(900_000, 0.9, 1, False, 5_000_000)  # the layer will not be idle for so long
+    assert accepts(900_000, 0.9, 2, False, 5_000_000)  # but two of them may
+    assert accepts(300_000, 0.9, 1, True, 0)  # behind urgent reads the rest of the layer is left
 
 
 def test_without_any_idle_or_waiting_time_nothing_is_tried() -> None:
@@ -181,7 +181,7 @@ def test_only_what_is_away_is_chosen_and_all_that_was_read_is_booked() -> None:
     prefetcher.routed(2, np.array([[1, 2]]), [pointing_at(3, 7, 8, 9, 10)])
     state[start + 8] = READY
     chosen = []
-    for key in prefetcher.choose(2, state, 0, 0):
+    for key in prefetcher.choose(2, state, False, 0):
         prefetcher.submitted(key)
         state[key] = READING
         chosen.append(key)
@@ -199,7 +199,7 @@ def test_only_what_is_away_is_chosen_and_all_that_was_read_is_booked() -> None:
 def test_what_was_not_submitted_is_not_booked() -> None:
     prefetcher, state = forced(), np.zeros(N_LAYERS * N_EXPERT, np.uint8)
     prefetcher.routed(2, np.array([[1, 2]]), [pointing_at(3, 7)])
-    next(prefetcher.choose(2, state, 0, 0))
+    next(prefetcher.choose(2, state, False, 0))
     assert prefetcher.settle(3, np.array([3, 7]), state) == []
     assert prefetcher.controller.evicted.reads == 0
 

@@ -221,9 +221,13 @@ class Witness(Watched):
 
 
 @pytest.fixture(scope="module")
-def numbered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SparseRecords]:
-    """A small file of records of 1 to 3 pages with their numbers at both ends."""
-    path, records = tmp_path_factory.mktemp("numbered") / "experts.bin", SparseRecords(5, 16, ALIGNMENT, 3 * ALIGNMENT)
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, SparseRecords]]:
+    """Small files of records of 1 to 3 pages with their numbers at both ends, for models of so many layers."""
+    return {n_layers: _numbered(tmp_path_factory.mktemp("numbered"), n_layers) for n_layers in (1, 2, 5)}
+
+
+def _numbered(folder: Path, n_layers: int) -> tuple[Path, SparseRecords]:
+    path, records = folder / "experts.bin", SparseRecords(n_layers, 16, ALIGNMENT, 3 * ALIGNMENT)
     content = np.zeros(records.n_bytes // 8, np.int64)
     for key, (offset, size) in enumerate(zip(records.record_offset.flat, records.record_bytes.flat, strict=True)):
         content[offset // 8] = content[(offset + size) // 8 - 1] = key + 1
@@ -231,9 +235,12 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SparseReco
     return path, records
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_any_mix_of_chunks_sizes_and_faults(seed: int, numbered: tuple[Path, SparseRecords]) -> None:
-    path, records = numbered
+@pytest.mark.parametrize("n_layers", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_mix_of_chunks_sizes_and_faults(
+    seed: int, n_layers: int, numbered: dict[int, tuple[Path, SparseRecords]]
+) -> None:
+    path, records = numbered[n_layers]
     draw = random.Random(seed)
     engine, session, _, experts = model(
         path,
@@ -275,9 +282,9 @@ def test_any_mix_of_chunks_sizes_and_faults(seed: int, numbered: tuple[Path, Spa
     assert n_failed or experts.residency.counts.expert_misses < 500
 
 
-def test_a_prompt_finds_only_its_last_experts_here(numbered: tuple[Path, SparseRecords]) -> None:
+def test_a_prompt_finds_only_its_last_experts_here(numbered: dict[int, tuple[Path, SparseRecords]]) -> None:
     """The first of them has no room until the last are given up, and these must stay once they are back."""
-    path, records = numbered
+    path, records = numbered[5]
     for _ in range(5):
         engine, session, _, experts = model(path, records, RouterConfig(16, 5), Witness, share=0.0, chunk_bytes=4096)
         buffer = experts.buffer
@@ -291,8 +298,10 @@ def test_a_prompt_finds_only_its_last_experts_here(numbered: tuple[Path, SparseR
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="lines are being traced already")
 @pytest.mark.parametrize("n_tokens", [1, 20])
-def test_an_interrupt_at_any_line_while_records_are_moved(n_tokens: int, numbered: tuple[Path, SparseRecords]) -> None:
-    path, records = numbered
+def test_an_interrupt_at_any_line_while_records_are_moved(
+    n_tokens: int, numbered: dict[int, tuple[Path, SparseRecords]]
+) -> None:
+    path, records = numbered[5]
     draw = random.Random(n_tokens)
     engine, session, _, experts = model(path, records, RouterConfig(16, 3), Witness, share=0.3, mode="always")
     n_interrupted = 0

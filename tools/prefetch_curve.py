@@ -120,12 +120,13 @@ def _compare(line: Any, options: argparse.Namespace, residency: float, flash_mb:
         def count() -> None:
             n_on[0] += ahead.enabled
 
-        ahead.controller = deciding["off"]
+        ahead.decide_by(deciding["off"])
         runner = Runner(parts, count, warm=options.warm)
         runner.prepare(test)
         for turn in range(options.turns):
             for mode in ("off", "auto") if turn % 2 == 0 else ("auto", "off"):
-                ahead.controller, n_on[0] = deciding[mode], 0
+                n_on[0] = 0
+                ahead.decide_by(deciding[mode])
                 rate, run = flash.measure(), runner.run(test)
                 word = "off" if mode == "off" else ahead.controller.reason
                 counts = {**asdict(run.counts), "hit_rate": run.counts.hit_rate}

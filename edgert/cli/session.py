@@ -108,7 +108,7 @@ class Session:
     def _stats(self, _: str) -> None:
         if self._last is None:
             return output.note("no answer yet")
-        output.note(f"{self._turns} answers, {self._generated:,} tokens")
+        output.note(f"answers: {self._turns}, {self._generated:,} tokens")
         for line in stats(self._last):
             output.note(line)
 
