@@ -9,6 +9,7 @@
     ├── MemoryLimitError        the model does not fit the budget, or the machine
     ├── ContextLengthError      the prompt is longer than the context
     ├── OptionError             an option has a value that makes no sense
+    ├── JobError                work given to other processes does not come back
     └── BusyError               a second answer was asked for while the same thread still reads the first
 
 A message names the file, the key, the value found and the remedy, in one line.
@@ -51,6 +52,10 @@ class ContextLengthError(EdgertError):
 
 class OptionError(EdgertError, ValueError):
     """An option has a value that makes no sense."""
+
+
+class JobError(EdgertError):
+    """Work given to other processes does not come back: they are killed again and again, or the cluster is away."""
 
 
 class BusyError(EdgertError):
