@@ -1,0 +1,136 @@
+"""Quantisers: what they store is what they measured, stronger ones err less, and bad input is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgert.errors import OptionError
+from edgert.quant.formats import F16, FORMATS, Format
+from edgert.quant.quantise_expert import option_errors, quantise_expert
+from edgert.quant.quantisers import QUANTISERS, Inputs, quantise
+from edgert.quant.reference import activate
+from edgert.types import Floats
+
+INTEGER = [format for format in FORMATS.values() if format.is_integer]
+
+
+def rows(n: int, n_in: int, seed: int = 1) -> Floats:
+    """Correlated inputs with a few strong columns, as a norm leaves them."""
+    random = np.random.default_rng(seed)
+    mixed = random.standard_normal((n, n_in)) @ random.standard_normal((n_in, n_in)) / np.sqrt(n_in)
+    return (mixed * np.exp(random.standard_normal(n_in))).astype(np.float32)
+
+
+def weights(n_out: int, n_in: int, seed: int = 2) -> Floats:
+    return (np.random.default_rng(seed).standard_normal((n_out, n_in)) * 0.02).astype(np.float32)
+
+
+@pytest.mark.parametrize("quantiser", QUANTISERS)
+@pytest.mark.parametrize("format", INTEGER, ids=lambda format: format.name)
+def test_every_format_is_stored_as_it_was_measured(format: Format, quantiser: str) -> None:
+    x, w = rows(300, 256), weights(5, 256)
+    found = quantise(w, format, quantiser, Inputs(x))
+    matrix = found.matrix
+    assert found.quantiser == quantiser and matrix.format is format and matrix.shape == w.shape
+    assert matrix.values.dtype == np.uint8 and int(matrix.values.max()) < 1 << format.bits and matrix.not_finite() == -1
+    matrix.pack(np.empty(format.matrix_bytes(*matrix.shape), np.uint8))
+    error = np.mean(np.sum(np.square((w - matrix.to_float()) @ x.T, dtype=np.float64), axis=0))
+    assert found.error == pytest.approx(error, rel=1e-3)
+    assert error < 8 * 4.0**-format.bits * np.mean(np.sum(np.square(w @ x.T), axis=0))
+
+
+@pytest.mark.parametrize("name", ["int2-g16", "int2-k", "int2-g64-min", "int3", "int3-k", "int4", "int4-k", "int6-k"])
+def test_stronger_quantisers_err_less(name: str) -> None:
+    x, w = rows(2000, 256), weights(16, 256)
+    inputs, fresh = Inputs(x[:1500]), x[1500:]
+    errors = {}
+    for quantiser in QUANTISERS:
+        found = quantise(w, FORMATS[name], quantiser, inputs).matrix.to_float()
+        errors[quantiser] = np.mean(np.square((w - found) @ fresh.T))  # rows that were not seen
+    assert errors["gptq"] < 0.8 * errors["hqq"] < errors["rtn"]
+    assert errors["awq"] < errors["rtn"]
+
+
+def test_without_inputs_the_weights_decide() -> None:
+    w = weights(16, 128)
+    for quantiser in QUANTISERS:
+        found = quantise(w, FORMATS["int3"], quantiser)
+        assert found.quantiser == ("rtn" if quantiser == "rtn" else "hqq")
+        assert found.error == pytest.approx(128 * np.mean(np.square(w - found.matrix.to_float())), rel=1e-3)
+
+
+def test_too_few_rows_fall_back() -> None:
+    found = quantise(weights(16, 256), FORMATS["int3"], "gptq", Inputs(rows(8, 256)))
+    assert found.quantiser == "hqq" and np.isfinite(found.error)
+
+
+@pytest.mark.parametrize("quantiser", QUANTISERS)
+@pytest.mark.parametrize("name", ["int2-k", "int2-g16", "int3-k", "int4-k", "int4-min", "int8", "iq4-nl", "mxfp4"])
+def test_extreme_matrices(name: str, quantiser: str) -> None:
+    x = rows(300, 256)
+    x[:, 7] = 0.0  # a column that no token uses
+    w = weights(16, 256)
+    w[0], w[1], w[2, :32] = 0.0, 0.02, 0.0
+    w[3] *= 1e-7
+    w[4, 5] = 40.0
+    found = quantise(w, FORMATS[name], quantiser, Inputs(x))
+    assert np.isfinite(found.error) and found.matrix.not_finite() == -1
+    assert not found.matrix.to_float()[0].any()
+    nothing = quantise(w, FORMATS[name], quantiser, Inputs(np.zeros((300, 256), np.float32)))
+    assert nothing.error == 0.0 and nothing.matrix.not_finite() == -1
+
+
+def test_tokens_weigh_what_their_expert_is_worth() -> None:
+    x = rows(600, 64)
+    importance = np.r_[np.ones(300), np.zeros(300)].astype(np.float32)
+    whole = Inputs(x, importance)
+    half = Inputs(x[:300])
+    np.testing.assert_allclose(whole.hessian() * 2, half.hessian(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole.moments, np.diagonal(whole.hessian()))
+
+
+def test_bad_input_is_refused() -> None:
+    w = weights(16, 64)
+    with pytest.raises(OptionError, match="known are rtn, hqq, awq, gptq"):
+        quantise(w, FORMATS["int4"], "gguf")
+    with pytest.raises(OptionError, match="64 columns are no multiple of 256"):
+        quantise(w, FORMATS["int4-k"])
+    with pytest.raises(OptionError, match="f16 holds no integers"):
+        quantise(w, F16)
+    with pytest.raises(OptionError, match="not finite"):
+        quantise(np.where(w > 0, np.nan, w), FORMATS["int4"])
+    with pytest.raises(OptionError, match="inputs of a matrix are not finite"):
+        quantise(w, FORMATS["int4"], "gptq", Inputs(np.full((200, 64), np.inf, np.float32)))
+
+
+def expert() -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """gate, up, down of an expert 64 -> 32 -> 64, its inputs and what its output is worth to each token."""
+    importance = np.random.default_rng(5).uniform(0.1, 1, 700).astype(np.float32)
+    return weights(32, 64, 1) * 10, weights(32, 64, 2) * 10, weights(64, 32, 3), rows(700, 64), importance
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu-oss"])
+def test_an_expert_and_what_each_projection_costs(activation: str) -> None:
+    gate, up, down, x, importance = expert()
+    names = ("int8", "int2-g16", "int3-g64")
+    errors = option_errors(gate, up, down, [FORMATS[name] for name in names], "gptq", x, importance, activation)
+    assert errors.shape == (3, 3) and errors.dtype == np.float32
+    assert (errors[:, 0] < errors[:, 1]).all() and np.isinf(errors[2, 2]) and np.isfinite(errors[:2]).all()
+
+    formats = (FORMATS["int4"], FORMATS["int3"], FORMATS["int2-g16"])
+    found = quantise_expert(gate, up, down, formats, "gptq", x, importance, activation)
+    assert tuple(matrix.format for matrix in found.matrices) == formats
+    g, u, d = (matrix.to_float() for matrix in found.matrices)
+    chosen = np.arange(512) * 700 // 512
+    difference = activate(x @ gate.T, x @ up.T, activation) @ down.T - activate(x @ g.T, x @ u.T, activation) @ d.T
+    measured = np.sum(np.square(difference[chosen]), axis=1) @ np.square(importance[chosen]) / 512
+    assert found.error == pytest.approx(measured, rel=1e-3)
+
+
+def test_an_expert_that_nothing_is_routed_to() -> None:
+    gate, up, down, x, importance = expert()
+    formats = (FORMATS["int4"],) * 3
+    found = quantise_expert(gate, up, down, formats, "gptq", x[:0], importance[:0])
+    assert found.error == 0.0
+    assert not option_errors(gate, up, down, formats, "gptq", x[:0], importance[:0]).any()
