@@ -151,6 +151,15 @@ class Device(Protocol):
     def ahead(self, layer: int) -> list[Floats]:
         """Scores (n_expert,) that the routers of layers layer + 1, layer + 2, ... gave in `layer`; maybe none."""
 
+    def inputs(self, layer: int) -> Floats:
+        """What the experts of the layer that was stopped at are given, (n_tokens, d_model); valid until combine."""
+
+    def hidden(self, layer: int) -> Floats:
+        """What their gate and up made, as down takes it: (n_pairs, d_expert), in the order of Routed's pairs.
+
+        Of the experts of the stopped layer that were run, once all of them were; valid until the device goes on.
+        """
+
     def experts(self, layer: int, group: ExpertGroup) -> None:
         """Run a group of experts of the layer that was stopped at; those of more than APART tokens in ascending id."""
 

@@ -11,8 +11,10 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
+from edgert.quant.formats import GROUP
 from edgert.quant.matmul import ROWS
 from edgert.quant.tile_kernels import GROUP_BYTES
+from edgert.types import Floats
 
 _HUGE_PAGE, _PIECE_BYTES = 2 << 20, 256 << 20
 SPARE_ROWS = 8  # behind the last row of a buffer: blocks of rows are written whole
@@ -82,3 +84,10 @@ class Rows:
         self._groups = aligned(rows * group_stride)
         self.address = self.floats.ctypes.data
         self.record = np.array([(self.address, self.stride, self._groups.ctypes.data, group_stride)], ROWS)
+
+    def dequantised(self, n_rows: int) -> Floats:
+        """What the integers of the first rows stand for, (n_rows, stride)."""
+        groups = self._groups[: n_rows * self.stride // GROUP * GROUP_BYTES].reshape(-1, GROUP_BYTES)
+        integers, scales = groups[:, :GROUP].view(np.int8), groups[:, GROUP : GROUP + 4].copy().view(np.float32)
+        floats: Floats = (integers * scales).reshape(n_rows, self.stride)
+        return floats

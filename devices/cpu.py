@@ -347,6 +347,17 @@ class CpuDevice:
         with_router = self._layer_records["router"][layer + 1 : layer + 1 + n]
         return [scores[row, : self.config.router.n_expert] for row, has in zip(rows, with_router, strict=True) if has]
 
+    def inputs(self, layer: int) -> Floats:
+        """What the experts of the layer that was stopped at are given, (n_tokens, d_model)."""
+        return self._rows["normed"].floats[: self._n_tokens, : self.config.d_model]
+
+    def hidden(self, layer: int) -> Floats:
+        """What down takes of each pair, (n_pairs, d_expert): with int8 activations, what the integers stand for."""
+        assert self.config.router is not None
+        rows, n_pairs = self._rows["hidden"], self._n_tokens * self.config.router.top_k
+        floats = rows.dequantised(n_pairs) if self._quantised else rows.floats[:n_pairs]
+        return floats[:, : self.config.d_expert]
+
     def experts(self, layer: int, group: ExpertGroup) -> None:
         """Run a group of experts of the layer that was stopped at, and with the first the shared one."""
         step, ids = self._step, np.ascontiguousarray(group.ids, np.int64)

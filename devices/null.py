@@ -111,6 +111,14 @@ class NullDevice:
         """Nothing is computed."""
         return []
 
+    def inputs(self, layer: int) -> Floats:
+        """Zeros."""
+        return np.zeros((self._n_tokens, self.config.d_model), np.float32)
+
+    def hidden(self, layer: int) -> Floats:
+        """Zeros."""
+        return np.zeros((self._routed[layer].slots.size, self.config.d_expert), np.float32)
+
     def experts(self, layer: int, group: ExpertGroup) -> None:
         """Count the group's bytes and note its pairs."""
         self.calls["experts"] += 1

@@ -28,7 +28,7 @@ from edgert.devices.kv_cache import cache_bytes
 from edgert.devices.routing import choose_reference, pairs_reference
 from edgert.errors import OptionError
 from edgert.quant import reference
-from edgert.quant.formats import Format, MatrixSource, PackedPart
+from edgert.quant.formats import GROUP, Format, MatrixSource, PackedPart
 from edgert.quant.reference import fma, sum_lanes
 from edgert.quant.unpacking import PackedMatrix
 from edgert.types import Floats, Ids, ModelConfig
@@ -214,8 +214,22 @@ class ReferenceDevice:
         self._normed = reference.rms_norm(self._x, weights.feed_forward_norm, c.eps)
         return None if weights.router is None else self._matmul(weights.router, self._normed)
 
+    def inputs(self, layer: int) -> Floats:
+        """What the experts of the layer that was stopped at are given, (n_tokens, d_model)."""
+        return self._normed
+
+    def hidden(self, layer: int) -> Floats:
+        """What down takes of each pair, (n_pairs, d_expert): with int8 activations, what the integers stand for."""
+        hidden = np.concatenate([self._hidden[expert] for expert in sorted(self._hidden)])
+        if not self._int8:
+            return hidden
+        width = hidden.shape[1]
+        padded = np.pad(hidden, ((0, 0), (0, -width % GROUP)))
+        integers, scales = reference.quantise_activations(padded)
+        return (integers.astype(np.float32) * np.repeat(scales, GROUP, axis=1))[:, :width]
+
     def experts(self, layer: int, group: ExpertGroup) -> None:
-        """Run a group of experts; what its first phase makes is kept until the second."""
+        """Run a group of experts; what its first phase makes is kept."""
         assert self.config.router is not None
         if self._outputs is None:
             self._outputs = np.zeros((len(self._x) * self.config.router.top_k, self.config.d_model), np.float32)
@@ -225,7 +239,7 @@ class ReferenceDevice:
             if group.phases & 1:
                 self._hidden[i] = self._gate_and_up(expert, self._normed[self._routed.tokens[pairs]])
             if group.phases & 2:
-                self._outputs[self._routed.slots[pairs]] = self._matmul(expert.down, self._hidden.pop(i))
+                self._outputs[self._routed.slots[pairs]] = self._matmul(expert.down, self._hidden[i])
 
     def combine(self, layer: int) -> None:
         """Add the weighted expert outputs, in ascending expert id, and the shared one to the residual stream."""

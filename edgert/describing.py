@@ -10,13 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgert.architectures import read_config
 from edgert.loading import context_of, name_of, open_model, resolve, words
 from edgert.memory import Needs, budget_for, plan_memory
 from edgert.needs import needs
+from edgert.proof import Proof
+from edgert.quant.formats import Format
 from edgert.storage.bundle import Bundle
+from edgert.storage.bundle_manifest import Manifest
 from edgert.storage.tensor_file import TensorFile
 from edgert.types import ModelConfig
+from edgert.weight_sources import PROJECTIONS
 from edgert.weights import Weights
 
 
@@ -64,17 +70,47 @@ def describe(
                 "supports_tools": template.supports_tools,
             },
             "memory": _ledger(needed, memory),
+            **(_measured(file) if isinstance(file, Bundle) and config.router else {}),
         }
 
 
 def _tensors(file: TensorFile | Bundle, weights: Weights) -> Iterator[tuple[str, str, int]]:
-    """Name, type and stored bytes of every tensor; experts of a bundle count as the tensors that they were."""
+    """Name, type and stored bytes of every tensor, by type; experts of a bundle count as the tensors that they were."""
     for name in weights.shapes:
         if isinstance(file, Bundle):
-            yield name, weights.format_of(name).name, weights.bytes_of(name)
+            yield from ((name, format.name, n_bytes) for format, n_bytes in weights.sizes_of(name).items())
         else:
             info = file.tensors[name]
             yield name, info.type.name, info.n_bytes
+
+
+def _measured(bundle: Bundle) -> dict[str, Any]:
+    """The bits of a bundle's experts, and its proof where it has one."""
+    found: dict[str, Any] = {"bits": {**_bits(bundle.manifest), "chosen": dict(bundle.manifest.bits)}}
+    if bundle.manifest.proof:
+        found["proof"] = Proof.from_document(bundle.manifest.proof, f"{bundle.path}: its proof").as_document()
+    return found
+
+
+def _bits(manifest: Manifest) -> dict[str, Any]:
+    """Bits per weight of experts, without their records' padding, and the share of weights by width and by format."""
+    n_records = np.bincount(manifest.record_kind[manifest.record_kind >= 0].ravel(), minlength=len(manifest.kinds))
+    weights: Counter[Format] = Counter()
+    n_bytes: Counter[int] = Counter()  # by projection
+    for n, parts in zip(n_records.tolist(), manifest.kinds, strict=True):
+        for place, part in enumerate(parts):
+            weights[part.format] += n * math.prod(part.shape)
+            n_bytes[place] += n * part.n_bytes
+    total = sum(weights.values())
+    widths: Counter[str] = Counter()
+    for format in sorted(weights, key=lambda format: (format.bits, format.name)):
+        widths[f"{format.bits} bits"] += weights[format]
+    return {
+        "bits_per_weight": 8 * sum(n_bytes.values()) / total,
+        **{name: 8 * len(PROJECTIONS) * n_bytes[place] / total for place, name in enumerate(PROJECTIONS)},
+        "widths": {name: n / total for name, n in widths.items()},
+        "formats": {format.name: n / total for format, n in weights.most_common()},
+    }
 
 
 def _ledger(needed: Needs, memory: str | int | float | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from edgert.experts.residency import Residency
 from edgert.types import Floats, ModelConfig
 
 Trace = Callable[[Device], None]  # called after each step: the device still knows what each layer chose
+Observer = Callable[[int], None]  # called in each layer that has experts when they have run: the device knows all rows
 
 
 class Session:
@@ -51,6 +52,7 @@ class Engine:
     ) -> None:
         self.config, self.device, self.residency, self.embed = config, device, residency, embed
         self.trace: Trace | None = None
+        self.observe: Observer | None = None
         self.every_layer = False  # run the experts of each layer in calls of their own, to measure or to test
 
     def step(self, tokens: list[int], session: Session) -> None:
@@ -61,6 +63,8 @@ class Engine:
         while (layer := self._run_layers(session, start, layer)) < n_layers:
             for group in self.residency.acquire(layer, self.device.routed(layer)):  # as experts are there
                 self.device.experts(layer, group)
+            if self.observe:
+                self.observe(layer)
             self.device.combine(layer)  # ascending expert id
             layer += 1
         self.residency.finish()
@@ -77,7 +81,7 @@ class Engine:
             session.cache,
             start,
             first,
-            every_layer=self.every_layer or residency.every_layer,
+            every_layer=self.every_layer or self.observe is not None or residency.every_layer,
             n_ahead=AHEAD if self.trace else residency.n_ahead,
         )
 
@@ -106,3 +110,16 @@ class Engine:
             rows = self.device.head(first)  # (some, n_vocab)
             yield rows
             first += len(rows)
+
+    def read(self, tokens: Sequence[int], session: Session, first: int = 0) -> Iterator[tuple[int, Floats]]:
+        """(position, logits (n, n_vocab)) of a text from position `first` on, some rows at a time.
+
+        What the session holds of the text before `first` is not computed again.
+        """
+        done = session.trim(tokens[: first + 1])
+        for n in self.prefill(tokens[done:], session):
+            position = max(done, first)
+            for rows in self.logits(n, position - done):
+                yield position, rows
+                position += len(rows)
+            done += n

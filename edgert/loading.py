@@ -107,12 +107,13 @@ def load_parts(
     kv_type: str,
     activations: str,
     progress: Progress,
+    reserved: int = 0,
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
     path, make_device = resolve(path_or_name), _device(device)
     streaming.check_options(policy, prefetch)
     share = None if residency is None else parse_share(residency)
-    budget = budget_for(memory)
+    budget = budget_for(memory, reserved)
     progress("reading the header", 0.0)
     with ExitStack() as held, _memory_errors(path):
         options = (context, kv_type, threads, activations)
@@ -251,7 +252,9 @@ def _compile(kernels: Sequence[tuple[Any, int]], progress: Progress) -> None:
 
 def _pack_nothing(weights: Weights, file: TensorFile) -> None:
     """Compile the kernels that pack these weights now: later, the compiler would come on top of the model."""
-    for kind, format in {(info.type, weights.format_of(name)) for name, info in file.tensors.items()}:
+    matrices = ((name, info.type) for name, info in file.tensors.items() if len(info.shape) > 1)
+    pairs = {(kind, format) for name, kind in matrices for format in weights.sizes_of(name)}
+    for kind, format in pairs:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         n_in = math.lcm(block, format.block)
         raw = np.zeros((TILE_ROWS, n_in // block * block_bytes), np.uint8)

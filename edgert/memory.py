@@ -141,12 +141,13 @@ class Budget:
         return f"--memory {(self.stated or 0) // _MIB}MiB{held}"
 
 
-def budget_for(memory: str | int | float | None) -> Budget:
+def budget_for(memory: str | int | float | None, reserved: int = 0) -> Budget:
     """The budget that --memory states; with "auto" or None the default. OptionError: no size.
 
-    To be asked for before anything of the model is there: what the process holds then is others'.
+    reserved: bytes of it that the process will take for other things. To be asked for before anything of the model is
+    there: what the process holds then is others'.
     """
-    other = taken()
+    other = taken() + reserved
     free = max(available() - other, 0)
     if memory is None or memory == "auto":
         return Budget(max(free - head_room(), 0), None, free, strict=bool(cgroup.limited()), taken=other)

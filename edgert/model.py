@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -51,6 +52,7 @@ def load(
     kv_type: str = "f16",
     activations: str = "int8",
     progress: Progress | None = None,
+    reserved: int = 0,
 ) -> Model:
     """Load a model: a GGUF file, a bundle (.edge), a Hugging Face folder; None loads the embedded one.
 
@@ -62,7 +64,8 @@ def load(
     trace: a file for the routes of the last tokens, as many as fit 8 MiB, written when the model is closed; `edgert
     replay` reads it. context: positions, by default the model's own up to 4096. threads: by default the physical cores
     that the process may use. device: "auto", "cpu" or "reference". kv_type: "f16", "f32", or "int8", which is lossy.
-    activations: "int8", or "f32" to verify. progress(stage, fraction) is called while loading. Raises EdgertError.
+    activations: "int8", or "f32" to verify. progress(stage, fraction) is called while loading. reserved: bytes of
+    `memory` that the caller itself will take. Raises EdgertError.
     """
     return Model(
         load_parts(
@@ -78,6 +81,7 @@ def load(
             kv_type=kv_type,
             activations=activations,
             progress=progress or _silent,
+            reserved=reserved,
         )
     )
 
@@ -378,14 +382,13 @@ class Model:
     def _rows(self, ids: list[int], first: int = 0) -> Iterator[tuple[int, Floats]]:
         """(position, logits (n, n_vocab)) of `ids` from `first` on, some rows at a time, from an empty context."""
         parts = self._open()
-        parts.session.tokens.clear()
-        done = 0
-        for n in parts.engine.prefill(ids, parts.session):
-            position = max(done, first)
-            for rows in parts.engine.logits(n, position - done):
-                yield position, rows
-                position += len(rows)
-            done += n
+        return parts.engine.read(ids, parts.session, first)
+
+    @contextmanager
+    def held(self) -> Iterator[Parts]:
+        """What the model is made of, for a measurement; meanwhile nobody else's turn comes."""
+        with self._turn:
+            yield self._open()
 
     def bench(
         self,

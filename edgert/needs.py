@@ -31,7 +31,7 @@ def needs(
     in_ram = [name for name in weights.shapes if not weights.is_on_file(name)]
     packed = sum(map(weights.bytes_of, in_ram))
     float_hidden = activations == "f32" or any(
-        "ffn_down" in name and not weights.format_of(name).is_integer for name in in_ram
+        "ffn_down" in name and not all(format.is_integer for format in weights.sizes_of(name)) for name in in_ram
     )
     n_threads = threads or choose_threads().n_threads
     work = {

@@ -97,17 +97,18 @@ def open_residency(
         name=lambda key: f"layer {key // n_expert}, expert {key % n_expert}",
     )
     held.callback(reader.close)
-    choice = choice_for(model_key(bundle.metadata, config), plan.residency, bundle.record_bytes.shape) or Choice()
-    chosen = make_policy(choice.policy if policy == "auto" else policy, bundle.record_bytes, choice.profile)
+    sizes = bundle.record_bytes
+    choice = choice_for(model_key(bundle.metadata, config), plan.residency, sizes.shape, bundle.path) or Choice()
+    chosen = make_policy(choice.policy if policy == "auto" else policy, sizes, choice.profile, choice.context)
     buffer = ExpertBuffer(device, bundle, reader, Slots(plan.slots // ALIGNMENT * ALIGNMENT), chosen)
     top_k, ahead = config.router.top_k, None
     if prefetch != "off":
         stuck = settings.lanes * settings.chunk_bytes
-        mean = int(bundle.record_bytes[bundle.record_bytes > 0].mean())
+        mean = int(sizes[sizes > 0].mean())
         controller = Controller(
             config.n_layers, mean, stuck_bytes=stuck, bytes_per_s=settings.bytes_per_s, mode=prefetch
         )
-        ahead = Prefetcher(top_k, bundle.record_bytes, controller, choice.predictors)
+        ahead = Prefetcher(top_k, sizes, controller, choice.predictors, choice.primed)
     residency = Streamed(device, buffer, chosen, top_k, ahead)
     guard = guard_for(residency, plan, budget)
     held.callback(guard.close)

@@ -99,4 +99,5 @@ def _part(weights: Weights, name: str) -> Part:
     if len(shape) == 1:
         return Part(n_bytes)
     count = math.prod(shape)
-    return Part(n_bytes, count, 0) if weights.format_of(name).is_integer else Part(n_bytes, 0, count)
+    are_integers = all(format.is_integer for format in weights.sizes_of(name))
+    return Part(n_bytes, count, 0) if are_integers else Part(n_bytes, 0, count)

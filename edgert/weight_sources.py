@@ -6,18 +6,17 @@ A source knows tensors by GGUF's names and experts by number; what a model makes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType as Type
 
 from edgert.errors import ModelFileError
 from edgert.quant import ggml, packing
-from edgert.quant.formats import Format, Matrix, MatrixSource, PackedPart
+from edgert.quant.formats import F32, Format, Matrix, MatrixSource, PackedPart
 from edgert.quant.packing import StoredMatrix
 from edgert.quant.unpacking import unpack
 from edgert.storage.bundle import Bundle, part_of
@@ -27,6 +26,14 @@ from edgert.types import Floats
 PROJECTIONS = ("gate", "up", "down")
 _READ_BYTES = 2 << 20  # that FlashFile reads at a time on their way to unaligned memory
 KEPT_ROWS = 512  # of an embedding table on flash; a row takes 1 to 10 KiB
+
+
+def add_sizes(sizes: Iterable[tuple[Format, int]]) -> dict[Format, int]:
+    """The bytes of each format, added up."""
+    total: dict[Format, int] = {}
+    for format, n_bytes in sizes:
+        total[format] = total.get(format, 0) + n_bytes
+    return total
 
 
 class WeightSource(Protocol):
@@ -47,11 +54,8 @@ class WeightSource(Protocol):
     def embedding(self, tokens: list[int]) -> Floats:
         """Rows (n_tokens, d_model) of token_embd.weight."""
 
-    def format_of(self, name: str) -> Format:
-        """The format that a tensor is packed to."""
-
-    def bytes_of(self, name: str) -> int:
-        """Bytes that a tensor takes in RAM once packed."""
+    def sizes_of(self, name: str) -> Mapping[Format, int]:
+        """Bytes that a tensor takes in RAM once packed, by format: experts may be of several."""
 
     def packing_bytes(self, name: str) -> int:
         """Bytes that packing a tensor takes at its peak, beside the packed one."""
@@ -84,7 +88,7 @@ class FileSource:
             name=f"{self.path}: {words}",
             kind=info.type,
             shape=(n_rows, info.shape[-1]),
-            format=self.format_of(name),
+            format=self._format(name),
             read_rows=lambda first, count: self._file.read_rows(name, first_row + first, count),
             first_row=shown_row,
         )
@@ -104,17 +108,18 @@ class FileSource:
         rows = np.concatenate([self._file.read_rows(info.name, token, 1) for token in tokens])
         return ggml.to_float(rows.reshape(-1), info.type, (len(tokens), info.shape[-1]))
 
-    def format_of(self, name: str) -> Format:
-        """See WeightSource."""
+    def _format(self, name: str) -> Format:
+        """The format that a tensor's matrices are packed to."""
         return ggml.format_for(self._file.tensors[name].type, decode_to_f32=self._decode_to_f32)
 
-    def bytes_of(self, name: str) -> int:
+    def sizes_of(self, name: str) -> dict[Format, int]:
         """See WeightSource."""
         info = self._file.tensors[name]
-        if len(info.shape) == 1 or (info.type == Type.F32 and name.endswith(".bias")):
-            return 4 * info.shape[0]
+        if len(info.shape) == 1 or name.endswith(".bias"):
+            return {F32: 4 * math.prod(info.shape)}
         n_out, n_in = info.shape[-2:]
-        return math.prod(info.shape[:-2]) * self.format_of(name).matrix_bytes(n_out, n_in)
+        format = self._format(name)
+        return {format: math.prod(info.shape[:-2]) * format.matrix_bytes(n_out, n_in)}
 
     def packing_bytes(self, name: str) -> int:
         """See WeightSource."""
@@ -241,19 +246,14 @@ class BundleSource:
             del kept[next(iter(kept))]
         return ggml.to_float(rows, table.type, (len(tokens), table.shape[1]))
 
-    def format_of(self, name: str) -> Format:
+    def sizes_of(self, name: str) -> dict[Format, int]:
         """See WeightSource."""
         if name in self._experts:
-            return self._experts[name][0].format
-        if name == self._bundle.table.name:
-            return ggml.format_for(self._bundle.table.type)
-        return self._bundle.tensors[name].format
-
-    def bytes_of(self, name: str) -> int:
-        """See WeightSource."""
-        if name in self._experts:
-            return sum(part.n_bytes for part in self._experts[name])
-        return self._bundle.table.n_bytes if name == self._bundle.table.name else self._bundle.tensors[name].n_bytes
+            return add_sizes((part.format, part.n_bytes) for part in self._experts[name])
+        table = self._bundle.table
+        if name == table.name:
+            return {ggml.format_for(table.type): table.n_bytes}
+        return {self._bundle.tensors[name].format: self._bundle.tensors[name].n_bytes}
 
     def packing_bytes(self, name: str) -> int:
         """See WeightSource: hot tiles come in pieces, an expert's pass through its record."""

@@ -6,7 +6,7 @@ Every tensor of the file must be asked for by somebody: one that is left over co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +36,19 @@ class HotTensor(NamedTuple):
 class Weights:
     """The weights of one model. Shapes are checked against the configuration before anything is read."""
 
-    def __init__(self, file: TensorFile | Bundle, config: ModelConfig, *, decode_to_f32: bool = False) -> None:
+    def __init__(
+        self,
+        file: TensorFile | Bundle,
+        config: ModelConfig,
+        *,
+        decode_to_f32: bool = False,
+        source: WeightSource | None = None,
+    ) -> None:
+        """source: what to read of `file`, by default its own weights."""
         self.file, self.config = file, config
-        self._source: WeightSource = (
-            BundleSource(file) if isinstance(file, Bundle) else FileSource(file, decode_to_f32=decode_to_f32)
-        )
+        if source is None:
+            source = BundleSource(file) if isinstance(file, Bundle) else FileSource(file, decode_to_f32=decode_to_f32)
+        self._source = source
         self.shapes = self._source.shapes  # of every tensor, hot and cold, by name
         self._path = file.path
         c = config
@@ -151,14 +159,14 @@ class Weights:
             )
 
     # ---- reading -----------------------------------------------------------------------------------------------------
-    def format_of(self, name: str) -> Format:
-        """The format that a tensor is packed to."""
-        return self._source.format_of(name)
+    def sizes_of(self, name: str) -> Mapping[Format, int]:
+        """Bytes that a tensor takes in RAM once packed, by format."""
+        return self._source.sizes_of(name)
 
     def formats(self) -> list[Format]:
         """The formats of all matrices that are packed."""
-        matrices = (name for name, shape in self.shapes.items() if len(shape) > 1)
-        return list(dict.fromkeys(self.format_of(name) for name in matrices if not self.is_on_file(name)))
+        matrices = (name for name, shape in self.shapes.items() if len(shape) > 1 and not self.is_on_file(name))
+        return list(dict.fromkeys(format for name in matrices for format in self.sizes_of(name)))
 
     def _optional(self, name: str) -> Floats | None:
         return self._source.vector(name) if name in self.shapes else None
@@ -208,7 +216,11 @@ class Weights:
         """Experts of a layer, in ascending id; each is read when it is packed."""
         assert self.config.router is not None
         for expert in range(self.config.router.n_expert):
-            yield ExpertWeights(*self._source.expert(layer, expert))
+            yield self.expert(layer, expert)
+
+    def expert(self, layer: int, index: int) -> ExpertWeights:
+        """One expert, read when it is packed."""
+        return ExpertWeights(*self._source.expert(layer, index))
 
     def hot(self) -> Iterator[HotTensor]:
         """All that is always resident, by the names that a bundle has: attn_qkv split, the head always there."""
@@ -272,7 +284,7 @@ class Weights:
 
     def bytes_of(self, name: str) -> int:
         """Bytes that a tensor takes in RAM once packed."""
-        return self._source.bytes_of(name)
+        return sum(self.sizes_of(name).values())
 
     def packing_bytes(self, name: str) -> int:
         """Bytes that packing a tensor takes at its peak, beside the packed one."""

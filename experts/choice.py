@@ -1,25 +1,33 @@
-"""The policy and the predictors that a replay found best for a model, kept where loading finds them.
+"""The policy and the predictors that a replay found best for a model, and what they start with, where loading finds it.
 
-One small JSON file a model, named after a digest of its key, in the user's cache folder. The key is the model's name
-and configuration, not its weights: two fine-tunes that kept the name share a choice, which costs time and changes no
-answer. A file that is damaged or cannot be read counts as none: the defaults then hold.
+One JSON file a model, named after a digest of its key, in the user's cache folder; and one of the same form in a bundle
+that was packed with a profile. The key is the model's name and configuration, not its weights: two fine-tunes that kept
+the name share a choice, which costs time and changes no answer. A file that is damaged or cannot be read counts as
+none: the defaults then hold.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from edgert.experts import context as contexts
+from edgert.experts.context import Context
 from edgert.experts.policies import POLICIES
-from edgert.experts.predictors import DEFAULT, PREDICTORS
+from edgert.experts.predictors import DEFAULT, PREDICTORS, Primed, table_bytes
+from edgert.storage.bundle import CHOICE as CHOICE
 from edgert.types import Floats
 
 DEFAULT_POLICY = "cost"
@@ -31,11 +39,30 @@ _SCALE = 10_000  # shares of the profile are kept as integers
 @dataclass(frozen=True)
 class Choice:
     """policy: a name of POLICIES. predictors: names of PREDICTORS. profile: the share of tokens that use each expert,
-    (n_layers, n_expert), or None."""
+    (n_layers, n_expert), or None. context: what their use together says. paths: the predictors' path table."""
 
     policy: str = DEFAULT_POLICY
     predictors: tuple[str, ...] = DEFAULT
     profile: Floats | None = None
+    context: Context | None = None
+    paths: npt.NDArray[np.uint8] | None = None
+
+    @property
+    def primed(self) -> Primed | None:
+        """What the predictors start with."""
+        return None if self.profile is None or self.paths is None else Primed(self.profile, self.paths)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a replay found. policies: the best by residency; the others as in Choice. n_tokens: that were replayed."""
+
+    policies: Mapping[float, str]
+    predictors: tuple[str, ...]
+    profile: Floats
+    n_tokens: int
+    context: Context | None = None
+    paths: npt.NDArray[np.uint8] | None = None
 
 
 def choices_folder() -> Path:
@@ -49,37 +76,53 @@ def choice_path(model: str) -> Path:
     return choices_folder() / f"{hashlib.sha256(model.encode()).hexdigest()[:32]}.json"
 
 
-def save_choice(
-    model: str, policies: Mapping[float, str], predictors: tuple[str, ...], profile: Floats, n_tokens: int
-) -> Path:
-    """Keep what was found: the policy for each residency, and the profile. Returns the file; raises OSError."""
+def save_choice(model: str, found: Found) -> Path:
+    """Keep what was found for a model. Returns the file; raises OSError."""
     path = choice_path(model)
-    document = {
-        "version": _VERSION,
-        "model": model,
-        "tokens": n_tokens,
-        "policies": [[share, name] for share, name in sorted(policies.items())],
-        "predictors": list(predictors),
-        "profile": np.rint(profile * _SCALE).astype(int).tolist(),
-    }
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        aside.write_text(json.dumps(document, separators=(",", ":")))
+        aside.write_bytes(as_bytes(model, found))
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     return path
 
 
-def choice_for(model: str, residency: float, shape: tuple[int, int]) -> Choice | None:
-    """What was found for a model of shape (n_layers, n_expert) at the residency nearest `residency`, or None."""
+def as_bytes(model: str, found: Found) -> bytes:
+    """The file of a choice."""
+    paths = found.paths
+    document = {
+        "version": _VERSION,
+        "model": model,
+        "tokens": found.n_tokens,
+        "policies": [[share, name] for share, name in sorted(found.policies.items())],
+        "predictors": list(found.predictors),
+        "profile": np.rint(found.profile * _SCALE).astype(int).tolist(),
+        "context": None if found.context is None else contexts.as_document(found.context),
+        "paths": None if paths is None else base64.b64encode(zlib.compress(paths.tobytes(), 9)).decode(),
+    }
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def choice_for(model: str, residency: float, shape: tuple[int, int], bundle: Path | None = None) -> Choice | None:
+    """What was found for a model of shape (n_layers, n_expert) at the residency nearest `residency`, or None.
+
+    What the user's own replay found comes before what lies in the bundle's folder.
+    """
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        if (own := _read(choice_path(model), model, residency, shape)) is not None:
+            return own
+    return None if bundle is None else _read(bundle / CHOICE, model, residency, shape)
+
+
+def _read(path: Path, model: str, residency: float, shape: tuple[int, int]) -> Choice | None:
+    """The choice in a file, if it is one for this model."""
     try:
-        path = choice_path(model)
         if path.stat().st_size > _MOST_BYTES:
             return None
         return _choice(json.loads(path.read_text()), model, residency, shape)
-    except (OSError, RuntimeError, ArithmeticError, ValueError, TypeError, LookupError):
+    except (OSError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError, zlib.error):
         return None
 
 
@@ -94,4 +137,20 @@ def _choice(document: Any, model: str, residency: float, shape: tuple[int, int])
     sound = profile.shape == shape and bool(((profile >= 0) & (profile <= 1)).all())
     if policy not in POLICIES or not predictors or not set(predictors) <= set(PREDICTORS) or not sound:
         return None
-    return Choice(policy, predictors, profile)
+    context, paths = document.get("context"), document.get("paths")
+    return Choice(
+        policy,
+        predictors,
+        profile,
+        None if context is None else contexts.from_document(context, shape),
+        None if paths is None else _path_table(paths, shape),
+    )
+
+
+def _path_table(text: str, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """A path table, no larger unpacked than it may be; raises what other text makes it raise."""
+    n_bytes = table_bytes(*shape) // 4  # kept as bytes
+    unpacked = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), n_bytes + 1)
+    if len(unpacked) != n_bytes:
+        raise ValueError(f"a path table of {len(unpacked)} bytes, not {n_bytes}")
+    return np.frombuffer(unpacked, np.uint8).reshape(shape[0], -1, shape[1] + 1)

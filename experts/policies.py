@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import OptionError
+from edgert.experts.context import Context, keeps
 from edgert.types import Floats, Ids
 
 _Numbers = npt.NDArray[np.float64]
 _OVERFLOW = 1e100  # an increment of decayed counts beyond this is scaled back
+_LATENCY_BYTES = 64 << 10  # what a flash drive could have read while it seeks: about 0.1 ms
+
+
+class Known(NamedTuple):
+    """What is known before anything runs: the share of tokens that use each expert, (n_layers, n_expert), and more."""
+
+    shares: Floats | None = None
+    context: Context | None = None
 
 
 class Policy(Protocol):
@@ -140,7 +149,7 @@ class Lru(_Clock):
 
     name = "lru"
 
-    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+    def __init__(self, record_bytes: Ids, known: Known) -> None:
         super().__init__(*record_bytes.shape)
         self._recency = _Recency(self)
 
@@ -160,9 +169,9 @@ class Lfu(_Clock):
 
     name = "lfu"
 
-    def __init__(self, record_bytes: Ids, profile: Floats | None, half_life: float = 64.0) -> None:
+    def __init__(self, record_bytes: Ids, known: Known, half_life: float = 64.0) -> None:
         super().__init__(*record_bytes.shape)
-        self._frequency = _Frequency(self, half_life, profile)
+        self._frequency = _Frequency(self, half_life, known.shares)
 
     def used(self, layer: int, ids: Ids) -> None:
         """See Policy."""
@@ -180,10 +189,10 @@ class Pinned(_Clock):
 
     name = "pinned"
 
-    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+    def __init__(self, record_bytes: Ids, known: Known) -> None:
         super().__init__(*record_bytes.shape)
-        self._fixed = profile is not None
-        self._counts = np.zeros(self.n_keys) if profile is None else profile.reshape(-1).astype(np.float64)
+        self._fixed = known.shares is not None
+        self._counts = np.zeros(self.n_keys) if known.shares is None else known.shares.reshape(-1).astype(np.float64)
 
     def used(self, layer: int, ids: Ids) -> None:
         """See Policy."""
@@ -202,9 +211,9 @@ class Lfru(_Clock):
 
     name = "lfru"
 
-    def __init__(self, record_bytes: Ids, profile: Floats | None, half_life: float = 64.0) -> None:
+    def __init__(self, record_bytes: Ids, known: Known, half_life: float = 64.0) -> None:
         super().__init__(*record_bytes.shape)
-        self._recency, self._frequency = _Recency(self), _Frequency(self, half_life, profile)
+        self._recency, self._frequency = _Recency(self), _Frequency(self, half_life, known.shares)
 
     def used(self, layer: int, ids: Ids) -> None:
         """See Policy."""
@@ -227,9 +236,9 @@ class EdgeMoe(_Clock):
     name = "edgemoe"
     _half_life = 100_000.0  # the paper's frequencies are those of all tokens: practically no decay
 
-    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+    def __init__(self, record_bytes: Ids, known: Known) -> None:
         super().__init__(*record_bytes.shape)
-        self._frequency, self._distance = _Frequency(self, self._half_life, profile), _Distance(self)
+        self._frequency, self._distance = _Frequency(self, self._half_life, known.shares), _Distance(self)
 
     def used(self, layer: int, ids: Ids) -> None:
         """See Policy."""
@@ -243,6 +252,13 @@ class EdgeMoe(_Clock):
         return out
 
 
+def _cost(record_bytes: Ids) -> _Numbers:
+    """What a miss of each key costs for a byte of its size: one, and its part of the latency that each read has."""
+    sizes = np.maximum(record_bytes.reshape(-1), 1).astype(np.float64)
+    cost: _Numbers = (sizes + _LATENCY_BYTES) / sizes
+    return cost
+
+
 class Cost(_Clock):
     """Seconds that a miss would cost, for each byte of room, over the expected time to the next use.
 
@@ -253,16 +269,14 @@ class Cost(_Clock):
     """
 
     name = "cost"
-    _LATENCY_BYTES = 64 << 10  # what a flash drive could have read while it seeks: about 0.1 ms
     _QUICK, _SLOW, _SHARE = 4.0, 64.0, 0.3  # half-lives in tokens, and the weight of the quick one
     _LEAST = 1e-4  # chance of what was never seen
 
-    def __init__(self, record_bytes: Ids, profile: Floats | None) -> None:
+    def __init__(self, record_bytes: Ids, known: Known) -> None:
         super().__init__(*record_bytes.shape)
-        self._quick, self._slow = _Frequency(self, self._QUICK, None), _Frequency(self, self._SLOW, profile)
+        self._quick, self._slow = _Frequency(self, self._QUICK, None), _Frequency(self, self._SLOW, known.shares)
         self._distance = _Distance(self)
-        sizes = np.maximum(record_bytes.reshape(-1), 1).astype(np.float64)
-        self._cost = (sizes + self._LATENCY_BYTES) / sizes
+        self._cost = _cost(record_bytes)
 
     def used(self, layer: int, ids: Ids) -> None:
         """See Policy."""
@@ -284,18 +298,89 @@ class Cost(_Clock):
         return out
 
 
-POLICIES: dict[str, Callable[[Ids, Floats | None], Policy]] = {
-    policy.name: policy for policy in (Lru, Lfu, Lfru, EdgeMoe, Cost, Pinned)
+class Contextual(_Clock):
+    """Seconds that a miss would cost, for each byte of room, times the chance of the next use, over the time till then.
+
+    The chance comes from a context, in which all experts' recent use speaks for each; without one, from its own shares.
+    What may be used soon is worth its room until then even if the chance is small: so the chance over the time, and not
+    over the expected time as in `cost`. A layer's chances are found anew when its routes are known.
+    """
+
+    name = "context"
+    _AT_LEAST = 0.4  # tokens that are added to the time: found by trying
+    _LEAST = 1e-3  # chance of what is not expected at all
+
+    def __init__(self, record_bytes: Ids, known: Known) -> None:
+        super().__init__(*record_bytes.shape)
+        self._context = known.context or Context.unknown(*record_bytes.shape)
+        self._keeps, self._adds = keeps(), 1.0 - keeps()
+        prior = np.zeros(record_bytes.shape) if known.shares is None else known.shares
+        self._shares = np.repeat(prior[:, None].astype(np.float32), len(self._keeps), axis=1)  # by layer, kind, expert
+        self._parts = np.einsum("le,let->lt", self._shares[:, -1], self._context.reads)  # of each layer, in the topics
+        self._topics: Floats = self._parts.sum(axis=0)
+        self._chances = np.zeros(record_bytes.shape, np.float32)
+        self._distance, self._cost = _Distance(self), _cost(record_bytes)
+        self._expect_all()
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        shares, part = self._shares[layer], self._parts[layer]
+        if ids.ndim == 1:
+            shares *= self._keeps
+            shares[:, ids] += self._adds
+        else:
+            ages = np.arange(len(ids))[::-1]
+            chosen = np.zeros((len(ids), self.n_expert), np.float32)
+            np.put_along_axis(chosen, ids, 1.0, axis=1)
+            shares *= self._keeps ** len(ids)
+            shares += (self._adds * self._keeps**ages) @ chosen
+        self._topics -= part
+        np.dot(shares[-1], self._context.reads[layer], out=part)
+        self._topics += part
+        self._expect(layer)
+
+    def _expect(self, layer: int) -> None:
+        """Find the chances of a layer's experts."""
+        chances = self._chances[layer]
+        np.dot(self._context.writes[layer], self._topics, out=chances)
+        chances += self._context.offset[layer]
+        chances += self._context.own @ self._shares[layer]
+
+    def _expect_all(self) -> None:
+        for layer in range(self.n_layers):
+            self._expect(layer)
+
+    def next_token(self, n_tokens: int = 1) -> None:
+        """See Policy."""
+        self._topics = self._parts.sum(axis=0)  # what was rounded does not add up
+        if n_tokens > 1:
+            self._expect_all()
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """Cost times chance over time."""
+        n, out = len(keys), self._out[: len(keys)]
+        time, other = self._work[:2, :n]
+        self._distance.layers(keys, layer, time)
+        time += self._AT_LEAST * self.n_layers
+        np.divide(np.take(self._cost, keys, out=other, mode="clip"), time, out=time)
+        np.maximum(np.take(self._chances, keys), self._LEAST, out=out)
+        out *= time
+        return out
+
+
+POLICIES: dict[str, Callable[[Ids, Known], Policy]] = {
+    policy.name: policy for policy in (Lru, Lfu, Lfru, EdgeMoe, Cost, Contextual, Pinned)
 }
 
 
-def make_policy(name: str, record_bytes: Ids, profile: Floats | None = None) -> Policy:
+def make_policy(name: str, record_bytes: Ids, profile: Floats | None = None, context: Context | None = None) -> Policy:
     """A policy by name, for records of `record_bytes` (n_layers, n_expert).
 
-    profile: the share of tokens that use each expert, (n_layers, n_expert). OptionError for an unknown name.
+    profile: the share of tokens that use each expert, (n_layers, n_expert). context: what their use together says, of
+    the same experts. OptionError for an unknown name.
     """
     if name not in POLICIES:
         raise OptionError(f"policy={name!r} is not known; use one of {', '.join(POLICIES)}")
     if profile is not None and profile.shape != record_bytes.shape:
         raise OptionError(f"the profile is of {profile.shape} experts, the model has {record_bytes.shape}")
-    return POLICIES[name](record_bytes, profile)
+    return POLICIES[name](record_bytes, Known(profile, context))

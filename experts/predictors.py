@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ DEFAULT = ("router", "path", "frequency")  # "previous" adds 0.2 points of recal
 # model after 5,000 tokens.
 _START = ((1.0, 2.5, 1.0, 0.5, 0.1), (0.5, 2.0, 0.0, 0.5, 0.6))
 _PAIRS_BYTES, _MOST_BYTES = 4 << 20, 8 << 20
+_MOST_VISITS = 48  # of a row of a primed table: as many as it has, on average, when much was learnt
 
 
 def _n_table_rows(n_layers: int, n_expert: int) -> int:
@@ -41,6 +43,44 @@ def _n_table_rows(n_layers: int, n_expert: int) -> int:
         if 4 * n_layers * n_rows * (n_expert + 1) <= most:
             return n_rows
     return 0
+
+
+class Primed(NamedTuple):
+    """What routes taught before: shares of tokens (n_layers, n_expert), a path table (n_layers, rows, n_expert + 1).
+
+    What does not fit the model it is given to is not used.
+    """
+
+    shares: Floats
+    table: npt.NDArray[np.uint8]
+
+
+def path_table(texts: Sequence[npt.NDArray[Any]], has_experts: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """The path table of texts, ids (n_layers, n_tokens, top_k) each, as learning from them would have left it about.
+
+    has_experts: (n_layers, n_expert). Older visits of a row do not count less here.
+    """
+    n_layers, n_expert = has_experts.shape
+    n_rows = _n_table_rows(n_layers, n_expert)
+    there: npt.NDArray[np.bool_] = np.any(has_experts, axis=1)
+    table = np.zeros((n_layers, n_rows, n_expert + 1), np.float32)
+    for layer in range(n_layers):
+        before, last = (layer - 2) % n_layers, (layer - 1) % n_layers
+        if not n_rows or not there[[before, last, layer]].all():
+            continue
+        for ids in texts:
+            n_tokens, uses = ids.shape[1], table[layer].reshape(-1)
+            targets = ids[layer].astype(np.int64)
+            paths = [np.roll(ids[at], int(at >= layer), axis=0).astype(np.int64) for at in (before, last)]
+            if n_rows == n_expert**2:
+                rows = (paths[0][:, :, None] * n_expert + paths[1][:, None]).reshape(n_tokens, -1)
+            else:
+                rows = np.concatenate((paths[0], paths[1] + n_expert), axis=1)
+            rows = rows[1:] * (n_expert + 1)  # the first token has no path through the one before
+            uses += np.bincount((rows[:, :, None] + targets[1:, None]).reshape(-1), minlength=len(uses))
+            uses += np.bincount(rows.reshape(-1) + n_expert, minlength=len(uses))
+    visits = table[:, :, -1:]
+    return np.rint(table * (_MOST_VISITS / np.maximum(visits, _MOST_VISITS))).astype(np.uint8)
 
 
 def table_bytes(n_layers: int, n_expert: int) -> int:
@@ -91,8 +131,17 @@ def prepare() -> None:
 class Combined:
     """Calibrated probabilities from several kinds of evidence, named as in PREDICTORS."""
 
-    def __init__(self, n_layers: int, n_expert: int, top_k: int, names: Sequence[str] = DEFAULT) -> None:
-        self._knowledge = _nothing_known(n_layers, n_expert, top_k, names)
+    def __init__(
+        self,
+        n_layers: int,
+        n_expert: int,
+        top_k: int,
+        names: Sequence[str] = DEFAULT,
+        primed: Primed | None = None,
+    ) -> None:
+        self._knowledge = known = _nothing_known(n_layers, n_expert, top_k, names)
+        if primed is not None and primed.shares.shape == known.shares.shape and primed.table.shape == known.table.shape:
+            known.shares[:], known.path_shares[:], known.table[:] = primed.shares, primed.shares, primed.table
 
     def routed(self, layer: int, ids: Ids, lookahead: Sequence[Floats]) -> None:
         """Learn from ids (n_tokens, top_k); guesses for the layers after it then rest on it.

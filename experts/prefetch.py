@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.devices.base import ABSENT, READING, READY
-from edgert.experts.predictors import AHEAD, DEFAULT, Combined, prepare
+from edgert.experts.predictors import AHEAD, DEFAULT, Combined, Primed, prepare
 from edgert.experts.prefetch_control import Controller
 from edgert.types import Floats, Ids
 
@@ -31,6 +31,7 @@ class Prefetcher:
         record_bytes: Ids,
         controller: Controller,
         predictors: Sequence[str] = DEFAULT,
+        primed: Primed | None = None,
     ) -> None:
         self._n_layers, self._n_expert = record_bytes.shape
         self._top_k = top_k
@@ -38,7 +39,7 @@ class Prefetcher:
         self._has_experts: npt.NDArray[np.bool_] = np.array([sizes.any() for sizes in record_bytes])
         self._keys, self._chances = np.zeros(2 * AHEAD * top_k, np.int64), np.zeros(2 * AHEAD * top_k, np.float32)
         prepare()
-        self._combined = Combined(self._n_layers, self._n_expert, top_k, predictors)
+        self._combined = Combined(self._n_layers, self._n_expert, top_k, predictors, primed)
         self._asked: list[list[int]] = [[] for _ in range(self._n_layers)]  # keys read ahead, by layer
         self._ahead_bytes = 0
         self.controller = controller

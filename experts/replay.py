@@ -1,13 +1,13 @@
 """What each policy and predictor would have done on a recorded run, and what the best possible one would have.
 
 Tokens are replayed one by one, as decoding runs them, prompts too. The first half of a trace warms caches and tables
-(and is what the profile of `pinned` is made from), the second half is counted.
+(and is what `pinned` and `context` learn from), the second half is counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import OptionError
-from edgert.experts.choice import DEFAULT_POLICY, save_choice
+from edgert.experts.choice import DEFAULT_POLICY, Found, save_choice
+from edgert.experts.context import fit_context
 from edgert.experts.policies import POLICIES, Policy, make_policy
 from edgert.experts.predictors import AHEAD, DEFAULT, PREDICTORS, Combined
 from edgert.experts.trace import Trace
@@ -62,13 +63,18 @@ class Belady:
 
 @dataclass
 class Hits:
-    """Experts asked for in the counted half, and bytes of those that were not there."""
+    """Experts asked for in the counted half, and bytes of those that were not there.
+
+    missed, held: of each expert by its key, how often it was not there, and after how many tokens it was.
+    """
 
     n_tokens: int = 0
     n_asked: int = 0
     n_missed: int = 0
     bytes_asked: int = 0
     bytes_missed: int = 0
+    missed: Ids = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    held: Ids = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
 
     @property
     def rate(self) -> float:
@@ -135,7 +141,9 @@ def replay_policy(trace: Trace, policy: Policy, n_bytes: int, n_warm: int | None
     """What a policy hits with an expert buffer of `n_bytes` after `n_warm` tokens, by default half of them."""
     n_warm = trace.n_tokens // 2 if n_warm is None else n_warm
     buffer = _Buffer(trace, n_bytes, policy, shared_out=policy.name != Belady.name)
-    hits, sizes = Hits(trace.n_tokens - n_warm), trace.record_bytes.reshape(-1)
+    sizes = trace.record_bytes.reshape(-1)
+    missed, held = np.zeros((2, len(sizes)), np.int64)
+    hits = Hits(trace.n_tokens - n_warm, missed=missed, held=held)
     for token in range(trace.n_tokens):
         counted = token >= n_warm
         for layer in trace.layers:
@@ -148,6 +156,9 @@ def replay_policy(trace: Trace, policy: Policy, n_bytes: int, n_warm: int | None
                 hits.n_missed += len(missing)
                 hits.bytes_asked += int(sizes[keys].sum())
                 hits.bytes_missed += int(sizes[missing].sum())
+                missed[missing] += 1
+        if counted:
+            held += buffer.here
         policy.next_token()
     return hits
 
@@ -162,10 +173,15 @@ def profile_of(trace: Trace, n_tokens: int | None = None) -> Floats:
 def _with_policies(trace: Trace) -> Iterator[tuple[str, Callable[[], Policy]]]:
     """Names and makers of all that are compared, Belady first."""
     yield Belady.name, lambda: Belady(trace)
-    half = profile_of(trace, max(1, trace.n_tokens // 2))
+    half = max(1, trace.n_tokens // 2)
+    profile, sizes = profile_of(trace, half), trace.record_bytes
     for name in POLICIES:
-        profile = half if name == "pinned" else None
-        yield name, partial(make_policy, name, trace.record_bytes, profile)
+        if name == "pinned":
+            yield name, partial(make_policy, name, sizes, profile)
+        elif name == "context":
+            yield name, partial(make_policy, name, sizes, profile, fit_context([trace.ids[:, :half]], profile))
+        else:
+            yield name, partial(make_policy, name, sizes)
 
 
 def compare_policies(
@@ -190,11 +206,15 @@ def compare_policies(
 
 
 # ---- predictors ------------------------------------------------------------------------------------------------------
-def compare_predictors(trace: Trace, progress: Progress = lambda stage, fraction: None) -> dict[str, list[Floats]]:
+def compare_predictors(
+    trace: Trace, progress: Progress = lambda stage, fraction: None, n_warm: int | None = None
+) -> dict[str, list[Floats]]:
     """Recall of every predictor and of combinations: for each distance (n_layers,), NaN where it has no guess.
 
-    It is the share of the experts used that are among the top_k best guesses; with exactly as many guesses as uses.
+    It is the share of the experts used that are among the top_k best guesses, with exactly as many guesses as uses,
+    after `n_warm` tokens, by default half of them.
     """
+    n_warm = trace.n_tokens // 2 if n_warm is None else n_warm
     everything = Combined(trace.n_layers, trace.n_expert, trace.top_k, PREDICTORS)
     default = Combined(trace.n_layers, trace.n_expert, trace.top_k)
     names = [*PREDICTORS, COMBINED, _EVERYTHING]
@@ -206,7 +226,7 @@ def compare_predictors(trace: Trace, progress: Progress = lambda stage, fraction
             progress("replaying predictors", token / trace.n_tokens)
         for layer in trace.layers:
             ids = trace.ids[layer, token].astype(np.int64)
-            if token >= trace.n_tokens // 2:
+            if token >= n_warm:
                 for distance in range(AHEAD):
                     best = np.argpartition(-guesses[distance, layer], trace.top_k - 1)[:, : trace.top_k]
                     found = np.isin(best, ids).sum(axis=1)
@@ -256,8 +276,10 @@ class Report:
 
     def save(self) -> Path:
         """Keep the choice for this model, where loading finds it. Raises OSError."""
-        trace = self.trace
-        return save_choice(trace.model, self.best_policies(), self.best_predictors(), profile_of(trace), trace.n_tokens)
+        trace, profile = self.trace, profile_of(self.trace)
+        context = fit_context([trace.ids], profile)
+        found = Found(self.best_policies(), self.best_predictors(), profile, trace.n_tokens, context)
+        return save_choice(trace.model, found)
 
 
 def replay(trace: Trace, residencies: Sequence[float], progress: Progress = lambda stage, fraction: None) -> Report:

@@ -7,10 +7,8 @@ predictors look at. Whoever reads a trace takes it for hostile: names, sizes, ty
 from __future__ import annotations
 
 import atexit
-import contextlib
 import errno
 import os
-import zipfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgert.errors import ModelFileError, OptionError
+from edgert.errors import OptionError
+from edgert.experts.array_file import Layout, check_ids, check_record_bytes, read_arrays, write_arrays
 from edgert.experts.predictors import AHEAD
 from edgert.types import Floats, Ids
 
@@ -29,16 +28,15 @@ _SCALE = 16.0
 _MOST_BYTES = 1 << 30  # of a trace that is read
 _KEPT_BYTES = 8 << 20  # of a trace while it is recorded, within what a plan leaves to spare
 _MOST_TOKENS = 100_000
-_SHAPES = {
-    "version": (),
-    "model": (),
-    "record_bytes": ("n_layers", "n_expert"),
-    "ids": ("n_layers", "n_tokens", "top_k"),
-    "weights": ("n_layers", "n_tokens", "top_k"),
-    "ahead": ("n_layers", "n_tokens", AHEAD, "n_expert"),
-    "steps": ("n_steps",),
+_TABLE = {
+    "version": Layout("iu"),
+    "model": Layout("U"),
+    "record_bytes": Layout("i", ("n_layers", "n_expert")),
+    "ids": Layout("u", ("n_layers", "n_tokens", "top_k")),
+    "weights": Layout("f", ("n_layers", "n_tokens", "top_k")),
+    "ahead": Layout("i", ("n_layers", "n_tokens", AHEAD, "n_expert")),
+    "steps": Layout("iu", ("n_steps",)),
 }
-_KINDS = {"version": "iu", "model": "U", "record_bytes": "i", "ids": "u", "weights": "f", "ahead": "i", "steps": "i"}
 
 
 class Trace:
@@ -77,16 +75,45 @@ class Trace:
         steps = np.ones(ids.shape[1], np.int64)
         return Trace(self.model, self.record_bytes, ids, self.weights[:, part], self._ahead[:, part], steps)
 
+    def save(self, path: Path) -> None:
+        """Write the trace, aside first. Raises OSError."""
+        write_arrays(
+            path,
+            {
+                "version": np.int64(_VERSION),
+                "model": np.array(self.model),
+                "record_bytes": self.record_bytes,
+                "ids": self.ids,
+                "weights": self.weights,
+                "ahead": self._ahead,
+                "steps": self.steps,
+            },
+        )
+
+    @classmethod
+    def without_scores(
+        cls,
+        model: str,
+        record_bytes: Ids,
+        ids: npt.NDArray[np.unsignedinteger[Any]],
+        weights: npt.NDArray[np.float16],
+    ) -> Trace:
+        """A trace of routes alone, each token a step of its own."""
+        n_layers, n_tokens, _ = ids.shape
+        absent = np.broadcast_to(np.int8(_ABSENT), (n_layers, n_tokens, AHEAD, record_bytes.shape[1]))
+        return cls(model, record_bytes, ids, weights, absent, np.ones(n_tokens, np.int64))
+
     @classmethod
     def load(cls, path: Path) -> Trace:
         """Read a trace; ModelFileError for a file that is none, or lies about itself."""
-        try:
-            arrays = _read(path)
-            _check(arrays)
-        except OSError as error:
-            raise ModelFileError(f"{path}: {error.strerror or error}; give a file made with --trace") from error
-        except Exception as error:  # what zipfile, zlib and numpy raise for hostile bytes is an open list
-            raise ModelFileError(f"{path} is not a routing trace ({_line(error)}); make one with --trace") from error
+        arrays = read_arrays(
+            path,
+            _TABLE,
+            _check,
+            what="a routing trace",
+            remedy="give a file made with --trace",
+            most_bytes=_MOST_BYTES,
+        )
         return cls(
             str(arrays["model"]),
             arrays["record_bytes"].astype(np.int64),
@@ -97,44 +124,18 @@ class Trace:
         )
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The arrays of a trace, none of them larger than it may be."""
-    with zipfile.ZipFile(path) as archive:
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
-    if set(sizes) != {f"{name}.npy" for name in _SHAPES}:
-        raise ValueError(f"it holds {', '.join(sorted(sizes)[:10]) or 'nothing'}")
-    if sum(sizes.values()) > _MOST_BYTES:
-        raise ValueError(f"it is {sum(sizes.values()):,} bytes unpacked, at most {_MOST_BYTES:,} are read")
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in _SHAPES}
-
-
-def _check(arrays: dict[str, Any]) -> None:
-    """ValueError unless types, shapes and values fit together."""
-    extent: dict[str, int] = {}
-    for name, shape in _SHAPES.items():
-        array = arrays[name]
-        if array.dtype.kind not in _KINDS[name] or array.ndim != len(shape):
-            raise ValueError(f"{name} has type {array.dtype} and {array.ndim} dimensions")
-        for size, expected in zip(array.shape, shape, strict=True):
-            if size != (extent.setdefault(expected, size) if isinstance(expected, str) else expected):
-                raise ValueError(f"{name} has shape {array.shape}, which does not fit the others")
+def _check(arrays: dict[str, Any], extents: dict[str, int]) -> None:
+    """ValueError unless the values fit together."""
+    n_tokens, n_expert, top_k = extents["n_tokens"], extents["n_expert"], extents["top_k"]
     if arrays["version"] != _VERSION:
         raise ValueError(f"version {arrays['version']}, only {_VERSION} is known")
+    if not 0 < top_k <= n_expert or not n_tokens or arrays["ahead"].dtype != np.int8:
+        raise ValueError(f"{n_tokens} tokens, {top_k} of {n_expert} experts")
     sizes = arrays["record_bytes"]
-    if not 0 < extent["top_k"] <= extent["n_expert"] or not extent["n_tokens"] or arrays["ahead"].dtype != np.int8:
-        raise ValueError(f"{extent['n_tokens']} tokens, {extent['top_k']} of {extent['n_expert']} experts")
-    if sizes.min() < 0 or sizes.max() > 1 << 40 or not sizes.any() or ((sizes > 0).any(1) != (sizes > 0).all(1)).any():
-        raise ValueError("record_bytes has sizes that no record has")
-    ids = np.sort(arrays["ids"][sizes.any(axis=1)], axis=2)
-    if ids.max() >= extent["n_expert"] or (ids[..., 1:] == ids[..., :-1]).any():
-        raise ValueError(f"ids are not {extent['top_k']} different ones below {extent['n_expert']}")
-    if (arrays["steps"] < 1).any() or arrays["steps"].sum() != extent["n_tokens"]:
-        raise ValueError(f"its steps are not {extent['n_tokens']} tokens")
+    check_record_bytes(sizes)
+    check_ids(arrays["ids"][sizes.any(axis=1)], n_expert)
+    if (arrays["steps"] < 1).any() or arrays["steps"].sum() != n_tokens:
+        raise ValueError(f"its steps are not {n_tokens} tokens")
 
 
 class _Step(NamedTuple):
@@ -145,39 +146,17 @@ class _Step(NamedTuple):
     ahead: npt.NDArray[np.int8]
 
 
-class TraceWriter:
-    """Collects the routes of a run, and writes them when it is closed or Python ends; use as a context manager.
+class Recorder:
+    """Collects the routes of a run: of the newest tokens, as many as fit `most_bytes`."""
 
-    Keeps the newest tokens, as many as fit `_KEPT_BYTES`. OptionError for a path that cannot be written.
-    """
-
-    def __init__(self, path: Path, model: str, record_bytes: Ids, top_k: int) -> None:
-        self.path, self.n_tokens = Path(path), 0
+    def __init__(self, model: str, record_bytes: Ids, top_k: int, *, most_bytes: int = _KEPT_BYTES) -> None:
+        self.n_tokens = 0
         self._model, self._record_bytes, self._top_k = model, record_bytes, top_k
         self._n_layers, self._n_expert = record_bytes.shape
         self._id_type = np.uint8 if self._n_expert <= 256 else np.uint16
         self._steps: deque[_Step] = deque()
         token_bytes = self._n_layers * (4 * top_k + AHEAD * self._n_expert)
-        self._most = max(1, min(_MOST_TOKENS, _KEPT_BYTES // token_bytes))
-        self._process = os.getpid()
-        self._check_path()
-        atexit.register(self.close)
-
-    def _check_path(self) -> None:
-        """Now, not after the run."""
-        try:
-            if self.path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            with open(self._aside, "wb"):
-                pass
-            self._aside.unlink()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise OptionError(f"trace={str(self.path)!r} cannot be written ({reason}); name another file") from error
-
-    @property
-    def _aside(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{self._process}.part")
+        self._most = max(1, min(_MOST_TOKENS, most_bytes // token_bytes))
 
     def add(self, ids: Ids, weights: Floats, ahead: Sequence[Sequence[Floats]] | None = None) -> None:
         """Routes of one step, ids and weights (n_layers, n_tokens, top_k).
@@ -200,32 +179,54 @@ class TraceWriter:
                 self._steps.appendleft(rest)
             self.n_tokens -= min(n_tokens, over)
 
+    def trace(self) -> Trace:
+        """What was recorded, at least one token."""
+        counts = np.array([step.ids.shape[1] for step in self._steps])
+        ahead = np.full((self._n_layers, int(counts.sum()), AHEAD, self._n_expert), _ABSENT, np.int8)
+        for last, step in zip((np.cumsum(counts) - 1).tolist(), self._steps, strict=True):
+            ahead[:, last] = step.ahead
+        ids = np.concatenate([step.ids for step in self._steps], axis=1)
+        weights = np.concatenate([step.weights for step in self._steps], axis=1)
+        return Trace(self._model, self._record_bytes, ids, weights, ahead, counts)
+
+
+class TraceWriter(Recorder):
+    """Collects the routes of a run, and writes them when it is closed or Python ends; use as a context manager.
+
+    OptionError for a path that cannot be written.
+    """
+
+    def __init__(self, path: Path, model: str, record_bytes: Ids, top_k: int) -> None:
+        super().__init__(model, record_bytes, top_k, most_bytes=_KEPT_BYTES)
+        self.path = Path(path)
+        self._process = os.getpid()
+        self._check_path()
+        atexit.register(self.close)
+
+    def _check_path(self) -> None:
+        """Now, not after the run."""
+        try:
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with open(self._aside, "wb"):
+                pass
+            self._aside.unlink()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"trace={str(self.path)!r} cannot be written ({reason}); name another file") from error
+
+    @property
+    def _aside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{self._process}.part")
+
     def close(self) -> None:
         """Write the file, aside first; nothing if no token was recorded. A second call does nothing. Raises OSError."""
         atexit.unregister(self.close)
-        steps, self._steps = list(self._steps), deque()
-        if not steps or os.getpid() != self._process:  # a forked child's parent writes
+        if not self._steps or os.getpid() != self._process:  # a forked child's parent writes
             return
-        counts = np.array([step.ids.shape[1] for step in steps])
-        ahead = np.full((self._n_layers, int(counts.sum()), AHEAD, self._n_expert), _ABSENT, np.int8)
-        for last, step in zip((np.cumsum(counts) - 1).tolist(), steps, strict=True):
-            ahead[:, last] = step.ahead
-        try:
-            with open(self._aside, "wb") as file:
-                np.savez_compressed(
-                    file,
-                    version=np.int64(_VERSION),
-                    model=np.array(self._model),
-                    record_bytes=self._record_bytes,
-                    ids=np.concatenate([step.ids for step in steps], axis=1),
-                    weights=np.concatenate([step.weights for step in steps], axis=1),
-                    ahead=ahead,
-                    steps=counts,
-                )
-            os.replace(self._aside, self.path)
-        finally:
-            with contextlib.suppress(OSError):
-                self._aside.unlink()
+        trace = self.trace()
+        self._steps.clear()
+        trace.save(self.path)
 
     def __enter__(self) -> TraceWriter:
         return self

@@ -33,6 +33,7 @@ from edgert.storage.read_ahead import read_ahead
 Bytes = npt.NDArray[np.uint8]
 
 MANIFEST, METADATA, HOT, EXPERTS = "manifest.json", "metadata.gguf", "hot.bin", "experts.bin"
+PROFILE, CHOICE = "profile.npz", "choice.json"  # of a bundle whose bits were chosen: what they rest on, and defaults
 FILES = (MANIFEST, METADATA, HOT, EXPERTS)
 REMEDY = "the bundle is damaged: remove it and pack the model again"
 

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType as Type
 
 from edgert.errors import ModelFileError, UnsupportedError
 from edgert.quant.formats import FORMATS, Format, PackedPart
+from edgert.storage import bundle_documents
 
 FORMAT, VERSION = "edgert bundle", 1
 PAGE = 4096  # offsets in the files are multiples of it: what direct reads want
@@ -98,6 +99,9 @@ class Manifest:
     record_offset: npt.NDArray[np.int64]
     record_bytes: npt.NDArray[np.int64]
     record_checksum: npt.NDArray[np.uint64]
+    bits: Mapping[str, Any] = field(default_factory=dict)  # how the experts' formats were chosen; empty: as the source
+    proof: Mapping[str, Any] = field(default_factory=dict)  # what was measured against the source; see edgert.proof
+    model: Mapping[str, Any] = field(default_factory=dict)  # which model it is, for those who keep what they learnt
     digest: str = field(default="")
 
     @property
@@ -125,6 +129,9 @@ class Manifest:
             "metadata": {"bytes": self.metadata_bytes, "sha256": self.metadata_digest},
             "hot": _hot_document(self),
             "experts": _experts_document(self),
+            **{
+                name: text for name, text in (("bits", self.bits), ("proof", self.proof), ("model", self.model)) if text
+            },
         }
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items()]
         return "{\n" + ",\n".join([*lines, f'"digest": "{_digest(document)}"']) + "\n}\n"
@@ -241,6 +248,9 @@ def _manifest(document: dict[str, Any], digest: str) -> Manifest:
         table=table,
         kinds=kinds,
         digest=digest,
+        bits=_document(document, "bits"),
+        proof=_document(document, "proof"),
+        model=_document(document, "model"),
         **_records(experts, kinds),
     )
     for what, given, right in (
@@ -322,6 +332,14 @@ def _mapping(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise _Damaged(f'it has no "{key}"')
     return value
+
+
+def _document(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """One of the documents that others left; empty where it is absent."""
+    found = document.get(key, {})
+    if wrong := bundle_documents.problem(found):
+        raise _Damaged(f'its "{key}" is damaged: {wrong}')
+    return found
 
 
 def _items(document: Mapping[str, Any], key: str) -> list[Any]:

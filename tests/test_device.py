@@ -122,3 +122,37 @@ def test_the_devices_agree(name: str, activations: str) -> None:
         engine.every_layer = False
         assert np.array_equal(logits(engine, session, 7), expected), (threads, "in chunks of 7")
         engine.device.close()
+
+
+@pytest.mark.parametrize("name", [name for name, (c, _) in CASES.items() if c.router])
+@pytest.mark.parametrize("activations", ["int8", "f32"])
+def test_the_devices_show_the_same_rows_to_whoever_observes(name: str, activations: str) -> None:
+    c, formats = CASES[name]
+    weights = Weights(c, *formats)
+    seen: list[list[tuple[Any, ...]]] = []
+    devices = (
+        (ReferenceDevice(c, N_CONTEXT, activations=activations), 64),
+        (CpuDevice(c, N_CONTEXT, threads=3, activations=activations), 34),
+        (CpuDevice(c, N_CONTEXT, threads=2, activations=activations), 3),
+        (CpuDevice(c, N_CONTEXT, threads=2, activations=activations), 1),
+    )
+    for device, chunk in devices:
+        engine, session = weights.engine(device, "f16")
+        seen.append([[], []])
+
+        def observe(layer: int, device: Any = device) -> None:
+            routed, inputs = device.routed(layer), device.inputs(layer)
+            hidden = np.empty((routed.tokens.size, c.d_expert), np.float32)
+            hidden[routed.slots] = device.hidden(layer)
+            assert inputs.shape == (len(routed.routes.ids), c.d_model)
+            seen[-1][layer].append((routed.routes.ids.copy(), inputs.copy(), hidden))
+
+        engine.observe = observe
+        logits(engine, session, chunk)
+        engine.observe = None
+        device.close()
+    expected = [[np.concatenate(rows) for rows in zip(*layer, strict=True)] for layer in seen[0]]
+    for layers in seen[1:]:
+        for layer, rows in zip(layers, expected, strict=True):
+            for found, right in zip(zip(*layer, strict=True), rows, strict=True):
+                assert np.array_equal(np.concatenate(found), right)

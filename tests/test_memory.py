@@ -95,6 +95,7 @@ def test_what_the_process_holds_for_other_things_is_not_free(monkeypatch: pytest
     monkeypatch.setattr(memory, "available", lambda: 4096 * MIB)  # with what is held
     monkeypatch.setattr(memory, "held", lambda: PROCESS_BYTES + 600 * MIB)
     assert budget_for("2GiB") == Budget(1448 * MIB, 2048 * MIB, 3496 * MIB, strict=True, taken=600 * MIB)
+    assert budget_for("2GiB", 100 * MIB) == Budget(1348 * MIB, 2048 * MIB, 3396 * MIB, strict=True, taken=700 * MIB)
     assert budget_for("4GiB").n_bytes == 3496 * MIB and budget_for("500MiB").n_bytes == 0
     assert budget_for(None).n_bytes == 3496 * MIB - memory.head_room()
     least = FLOOR // MIB

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from edgert.cli.app import app
 from edgert.errors import OptionError
 from edgert.experts import choice, replay
+from edgert.experts.context import Context
 from edgert.experts.policies import POLICIES, make_policy
+from edgert.experts.predictors import path_table
 from edgert.experts.replay import COMBINED, Belady, replay_policy
 from edgert.experts.trace import Trace, TraceWriter
 
@@ -118,7 +120,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_was_chosen_is_found_for_the_nearest_residency(cache: Path) -> None:
     profile = np.random.default_rng(0).random((3, 5)).astype(np.float32)
-    choice.save_choice("m", {0.1: "lru", 0.4: "pinned"}, ("router",), profile, 10)
+    choice.save_choice("m", choice.Found({0.1: "lru", 0.4: "pinned"}, ("router",), profile, 10))
     near, far = choice.choice_for("m", 0.15, (3, 5)), choice.choice_for("m", 0.9, (3, 5))
     assert near is not None and far is not None
     assert (near.policy, far.policy, near.predictors) == ("lru", "pinned", ("router",))
@@ -143,10 +145,17 @@ def test_what_was_chosen_is_found_for_the_nearest_residency(cache: Path) -> None
         ("profile", [[-1] * 5] * 3),
         ("profile", "x"),
         ("profile", None),
+        ("context", 1),
+        ("context", {"topics": 1}),
+        ("paths", 1),
+        ("paths", "AAAA"),
+        ("paths", "eJztwTEBAAAAwqD1T20JT6AAAHgaJxAAAQ=="),
     ],
 )
 def test_a_damaged_choice_counts_as_none(key: str, value: object, cache: Path) -> None:
-    path = choice.save_choice("m", {0.1: "lru"}, ("router",), np.zeros((3, 5), np.float32), 10)
+    context, paths = Context.unknown(3, 5), path_table([], np.ones((3, 5), np.bool_))
+    found = choice.Found({0.1: "lru"}, ("router",), np.zeros((3, 5), np.float32), 10, context, paths)
+    path = choice.save_choice("m", found)
     assert choice.choice_for("m", 0.1, (3, 5)) is not None
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     assert choice.choice_for("m", 0.1, (3, 5)) is None

@@ -22,6 +22,7 @@ NOT_PYTHON = {
     "edgert/LICENSE": "Apache-2.0",
     "edgert/demo/NOTICE.md": "the embedded model: origin, licence, figures, how to make it again",
     "edgert/demo/smollm2-moe-q4_0.gguf": "the embedded model",
+    "edgert/tasks/everyday.jsonl": "48 everyday questions with choices, for proofs where lm_eval is installed",
     "pyproject.toml": "the package: folders and their import names, dependencies, settings of the checks",
     "tests/golden/": "tiny random models with llama.cpp's answers",
     "tools/smollm2_moe.json": "name and description of the embedded model",

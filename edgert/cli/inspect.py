@@ -36,6 +36,8 @@ _SIZE = re.compile(r"auto|\d+(\.\d+)?\s*([A-Za-z]{0,3}|%)")
 _BYTE_SECTIONS = {"bytes", "tensor_types", "memory", "caches"}
 _BYTE_KEYS = {"bytes", "bytes_each", "working_set", "n_bytes"}
 _COUNTS = {"context", "chunk", "threads"}
+_SHARES = {"widths", "formats"}  # sections of numbers that add up to one
+_LONGEST_BAR = 30
 
 
 class InspectCommand(TyperCommand):
@@ -73,7 +75,16 @@ def inspect_model(
     if json:
         output.write_json(description)
     else:
-        show(description)
+        show_model(description)
+
+
+def show_model(description: Mapping[str, Any]) -> None:
+    """A description, with the proof in words."""
+    if "proof" in description:
+        from edgert.proof import Proof
+
+        description = {**description, "proof": Proof.from_document(description["proof"], "the proof").words()}
+    show(description)
 
 
 def show(description: Mapping[str, Any]) -> None:
@@ -110,6 +121,8 @@ def _section_rows(
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _section_rows(section, key, value, f"{prefix}{key} ")
+        elif kind in _SHARES:
+            yield section, f"{prefix}{key}", f"{value:6.1%} {'#' * round(_LONGEST_BAR * value)}".rstrip()
         else:
             in_bytes = key in _BYTE_KEYS or (kind in _BYTE_SECTIONS and key not in _COUNTS)
             yield section, f"{prefix}{key}", as_text(key, value, in_bytes)

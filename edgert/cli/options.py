@@ -59,7 +59,11 @@ _RUNTIME: dict[str, Row] = {
     "threads": (int, "N", "Threads to compute with; the physical cores if not set."),
     "memory": (str, "SIZE", "What the process may use, such as 900MiB or 50%; what is free, less some, if not set."),
     "residency": (str, "SHARE", "Hold this share of the experts in RAM, such as 25%, instead of what fits."),
-    "policy": (str, "NAME", "Which experts stay in RAM: lru, lfu, lfru, edgemoe, cost, pinned; auto if not set."),
+    "policy": (
+        str,
+        "NAME",
+        "Which experts stay in RAM: lru, lfu, lfru, edgemoe, cost, context, pinned; auto if not set.",
+    ),
     "prefetch": (str, "auto|always|off", "Read experts before they are asked for; auto if not set: where it pays."),
     "trace": (str, "FILE", "Write the routes of the last tokens to a file, for `edgert replay`."),
     "kv_type": (str, "f16|f32|int8", "Precision of the attention cache; f16 if not set, int8 is lossy."),

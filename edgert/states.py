@@ -1,0 +1,133 @@
+"""What the experts are given on calibration text, token by token, kept on disk: the rows that quantisers work with.
+
+One file of float16, layer by layer, as a pass over the profile's text leaves it; the routes are the profile's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.devices.base import Device
+from edgert.errors import EdgertError, OptionError, StorageError
+from edgert.experts.profile import Profile
+from edgert.model import Model
+from edgert.profile_run import run_chunk, tokens_meter
+from edgert.types import Floats, Ids
+from edgert.weights import Progress
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+class States:
+    """Rows of the layers that were collected. `path` is the caller's to remove.
+
+    rows: float16 (n_layers of `layers`, n_tokens, d_model), mapped from the file.
+    """
+
+    def __init__(self, profile: Profile, layers: Sequence[int], path: Path) -> None:
+        self.profile, self.layers, self.path = profile, list(layers), path
+        shape = len(self.layers), profile.n_tokens, profile.input_moments.shape[2]
+        self.rows: npt.NDArray[np.float16] = np.memmap(path, np.float16, "r", shape=shape)
+
+    def tokens(self, layer: int, expert: int) -> tuple[Ids, Floats]:
+        """The tokens (n,) that were routed to an expert, ascending over all domains, and the router's weights (n,)."""
+        found, weights, start = [], [], 0
+        for domain in self.profile.domains:
+            token, place = np.nonzero(domain.ids[layer] == expert)
+            found.append(token + start)
+            weights.append(domain.weights[layer][token, place])
+            start += len(domain.tokens)
+        return np.concatenate(found), np.concatenate(weights).astype(np.float32)
+
+    def of(self, layer: int, expert: int, limit: int = 4096) -> tuple[Floats, Floats]:
+        """What an expert was given and the router's weights: (n, d_model) and (n,), at most `limit`, evenly spread.
+
+        OptionError for a layer that was not collected.
+        """
+        if layer not in self.layers:
+            raise OptionError(f"layer {layer} was not collected; there are {self.layers}")
+        tokens, weights = self.tokens(layer, expert)
+        if len(tokens) > limit:
+            chosen = (2 * np.arange(limit) + 1) * len(tokens) // (2 * limit)
+            tokens, weights = tokens[chosen], weights[chosen]
+        return self.rows[self.layers.index(layer)][tokens].astype(np.float32), weights
+
+
+def collect_states(
+    model: Model, profile: Profile, layers: Sequence[int] | None, path: Path, progress: Progress
+) -> States:
+    """Run the profile's text once more and keep what the experts of `layers` (None: all that have experts) are given.
+
+    progress(stage, fraction) may raise; the file is then removed. Raises StorageError where there is no room for it
+    (2 bytes x layers x tokens x width), EdgertError where the routes are not the profile's: it is of another model.
+    """
+    layers = profile.layers if layers is None else list(layers)
+    d_model = profile.input_moments.shape[2]
+    _check_room(path, 2 * len(layers) * profile.n_tokens * d_model)
+    try:
+        rows = np.memmap(path, np.float16, "w+", shape=(len(layers), profile.n_tokens, d_model))
+        _fill(model, profile, layers, rows, progress)
+        rows.flush()
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return States(profile, layers, path)
+
+
+def _fill(
+    model: Model, profile: Profile, layers: Sequence[int], rows: npt.NDArray[np.float16], progress: Progress
+) -> None:
+    """Run the text and write the rows."""
+    chunk, meter = profile.chunk, tokens_meter(progress, "collecting", profile.n_tokens)
+    if chunk > model.n_context:
+        raise OptionError(f"the profile is in chunks of {chunk} tokens, the context holds {model.n_context}; raise it")
+    tokens = np.concatenate([domain.tokens for domain in profile.domains]).tolist()
+    with model.held() as parts:
+        collector = _Collector(parts.engine.device, profile, layers, rows)
+        for start in range(0, len(tokens), chunk):
+            for n in run_chunk(parts, tokens[start : start + chunk], collector.observe):
+                collector.done += n
+                meter.add(n, f"{collector.done:,} of {len(tokens):,} tokens")
+
+
+class _Collector:
+    """Writes the rows of one step after the other; `done`: tokens of earlier steps."""
+
+    def __init__(self, device: Device, profile: Profile, layers: Sequence[int], rows: npt.NDArray[np.float16]) -> None:
+        self._device, self._places, self._rows = device, {layer: place for place, layer in enumerate(layers)}, rows
+        self._ids = np.concatenate([domain.ids for domain in profile.domains], axis=1)
+        self.done = 0
+
+    def observe(self, layer: int) -> None:
+        """See edgert.engine.Observer."""
+        found = self._device.inputs(layer)
+        here = slice(self.done, self.done + len(found))
+        if not np.array_equal(self._device.routed(layer).routes.ids, self._ids[layer, here]):
+            raise EdgertError(
+                f"layer {layer} routes otherwise than in the profile: it is of another model, or was made with other "
+                "--activations or --kv-type; profile this model"
+            )
+        if layer in self._places:
+            self._rows[self._places[layer], here] = np.clip(found, -_LARGEST, _LARGEST)
+
+
+def _check_room(path: Path, n_bytes: int) -> None:
+    """StorageError unless the disk has room for the file, allocated in one go."""
+    try:
+        free = shutil.disk_usage(path.absolute().parent).free
+        if free < n_bytes:
+            raise StorageError(
+                f"{path}: {n_bytes:,} bytes are needed for what the experts are given, {free:,} are free; make room, "
+                "or profile fewer --tokens"
+            )
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written ({error.strerror}); name another folder") from error
