@@ -14,10 +14,11 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from edgert.architectures import read_config
 from edgert.errors import EdgertError, ModelFileError, OptionError, StorageError, UnsupportedError
@@ -32,6 +33,7 @@ from edgert.storage.bundle_writer import SlabWriter
 from edgert.storage.gguf_file import GgufFile
 from edgert.storage.read_ahead import read_ahead
 from edgert.storage.tensor_file import TensorFile
+from edgert.weight_sources import WeightSource
 from edgert.weights import Progress, Weights
 
 _SPARE_BYTES = 16 << 20  # left free on the disk
@@ -87,33 +89,49 @@ def pack_model(source: Path, out: Path | None = None, *, progress: Progress) -> 
     source = Path(source)
     out = default_out(source) if out is None else Path(out)
     started = time.perf_counter()
-    with contextlib.closing(open_source(source, keep_pages=False)) as file, _storage_errors(out):
-        check_replaceable(out)
-        why = _why_anew(out, source, file)
-        packing = _Packing(file, progress)
-        written, resumed = _pack_locked(packing, source, out, why, progress)
+    with contextlib.closing(open_source(source, keep_pages=False)) as file, storage_errors(out):
+        packing = Packing(file, progress)
+
+        def run(place: Place) -> tuple[int, int]:
+            written = packing.fill(place)
+            place.publish()
+            return written
+
+        written, resumed = pack_locked(file, source, out, {}, progress, run)
         return Packed(out, bundles.size(out), written, resumed, time.perf_counter() - started, packing.inexact)
 
 
-def _pack_locked(packing: _Packing, source: Path, out: Path, why: str, progress: Progress) -> tuple[int, int]:
-    """Pack unless another process does so; the bytes written, and those that were there."""
-    while not is_current(out, source):
+def pack_locked(
+    file: TensorFile,
+    source: Path,
+    out: Path,
+    asked: Mapping[str, Any],
+    progress: Progress,
+    run: Callable[[Place], tuple[int, int]],
+) -> tuple[int, int]:
+    """Run what fills and publishes the locked place of `out`, unless that is current or another process does so.
+
+    asked: what was asked for beside the source's own weights. Gives the bytes written, and those that were there.
+    """
+    check_replaceable(out)
+    why = _why_anew(out, source, file, asked)
+    while not is_current(out, source, asked):
         with Place(out, lambda: progress(f"waiting: another process packs {out.name}", 0.0)) as place:
             if not place.is_mine:
                 continue  # it was published, or given up
-            if is_current(out, source):  # published between the look and the lock
+            if is_current(out, source, asked):  # published between the look and the lock
                 place.remove()
                 break
             if why:
                 progress(f"packing anew: {why}", 0.0)
-            return packing.run(place)
+            return run(place)
     return 0, 0
 
 
-def is_current(bundle: Path, source: Path) -> bool:
+def is_current(bundle: Path, source: Path, asked: Mapping[str, Any] | None = None) -> bool:
     """Whether there is a bundle, whole by the sizes of its files, of the files that the source has now. Opens neither.
 
-    A touched source counts as changed, as with make.
+    A touched source counts as changed, as with make; asked: see pack_locked.
     """
     try:
         manifest = bundles.read_manifest(bundle)
@@ -123,12 +141,13 @@ def is_current(bundle: Path, source: Path) -> bool:
     except (EdgertError, OSError):
         return False
     whole = sizes == [manifest.hot_bytes, manifest.expert_bytes, manifest.metadata_bytes]
-    return whole and manifest.source == str(source.resolve()) and now == manifest.files
+    same = manifest.source == str(source.resolve()) and now == manifest.files
+    return whole and same and manifest.bits.get("asked", {}) == (asked or {})
 
 
-def _why_anew(out: Path, source: Path, file: TensorFile) -> str:
+def _why_anew(out: Path, source: Path, file: TensorFile, asked: Mapping[str, Any]) -> str:
     """Why a bundle that is there has to be packed anew; empty: it has not. OptionError: it is another model's."""
-    if not out.exists() or is_current(out, source):
+    if not out.exists() or is_current(out, source, asked):
         return ""
     try:
         manifest = bundles.read_manifest(out)
@@ -136,23 +155,24 @@ def _why_anew(out: Path, source: Path, file: TensorFile) -> str:
         return str(error)
     if manifest.source != str(source.resolve()):
         raise OptionError(f"{out} was packed from {manifest.source}: remove it, or name another folder")
-    changed = manifest.files != source_files(file)
-    return f"{file.path.name} has changed since it was packed" if changed else f"{out.name} is damaged"
+    if manifest.files != source_files(file):
+        return f"{file.path.name} has changed since it was packed"
+    return f"{out.name} is damaged" if manifest.bits.get("asked", {}) == asked else "with other bits than it has"
 
 
-class _Packing:
-    """One run of packing, in a folder that is locked."""
+class Packing:
+    """One run of packing, in a folder that is locked. source: the weights to pack, by default the file's own."""
 
-    def __init__(self, file: TensorFile, progress: Progress) -> None:
+    def __init__(self, file: TensorFile, progress: Progress, source: WeightSource | None = None) -> None:
         self._file = file
         config = read_config(file.metadata, str(file.path))
-        self._layout = Layout(file, Weights(file, config))
-        m = self._layout.manifest
+        self._layout = Layout(file, Weights(file, config, source=source))
+        self.manifest = m = self._layout.manifest
         self._total, self.inexact = m.hot_bytes + m.expert_bytes, m.inexact
         self._progress = progress
 
-    def run(self, place: Place) -> tuple[int, int]:
-        """Pack what is missing and publish; the bytes written, and those that were there."""
+    def fill(self, place: Place) -> tuple[int, int]:
+        """Pack what is missing; the bytes written, and those that were there. The folder then is a bundle."""
         folder, m = place.path, self._layout.manifest
         items = list(self._layout.items())
         journal = self._open_journal(folder, items)
@@ -169,7 +189,6 @@ class _Packing:
             raise
         finally:
             journal.close()
-        place.publish()
         return self._total - resumed, resumed
 
     def _make(self, folder: Path, items: list[Item], journal: Journal) -> int:
@@ -260,7 +279,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(out: Path) -> Iterator[None]:
+def storage_errors(out: Path) -> Iterator[None]:
     """Turn what the disk says into a StorageError with a remedy."""
     try:
         yield

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edgert.model_digest import model_digest
 from edgert.quant import ggml, packing
 from edgert.quant.checksum import checksum_rows
 from edgert.quant.formats import F32, TILE_ROWS, MatrixSource
+from edgert.requantised import MadeMatrix
 from edgert.storage import bundle_manifest as manifests
 from edgert.storage.bundle_manifest import PAGE, HotTensor, Manifest, Parts, RowTable, SourceFile, round_up
 from edgert.storage.bundle_metadata import as_gguf
@@ -77,21 +79,23 @@ class Layout:
             tensors=tensors,
             table=table,
             kinds=self._kinds,
+            model={"digest": model_digest(file)},
             **self._records(),
         )
 
     def _records(self) -> dict[str, Any]:
-        """The tables of records; all experts of a layer have the same form."""
+        """The tables of records, and with them the forms that they have."""
         config = self._weights.config
         shape = (config.n_layers, config.router.n_expert if config.router else 0)
         kind, sizes = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        places: dict[Parts, int] = {}
         for layer in range(config.n_layers if config.router else 0):
-            expert = next(self._weights.experts(layer))
-            matrices = (expert.gate, expert.up, expert.down)
-            parts = manifests.place_parts([(matrix.shape, matrix.format) for matrix in matrices])
-            if parts not in self._kinds:
-                self._kinds.append(parts)
-            kind[layer], sizes[layer] = self._kinds.index(parts), manifests.record_size(parts)
+            for index, expert in enumerate(self._weights.experts(layer)):
+                matrices = (expert.gate, expert.up, expert.down)
+                parts = manifests.place_parts([(matrix.shape, matrix.format) for matrix in matrices])
+                kind[layer, index] = places.setdefault(parts, len(places))
+                sizes[layer, index] = manifests.record_size(parts)
+        self._kinds += places
         ends = np.cumsum(sizes).reshape(shape)
         return {
             "record_kind": kind,
@@ -175,6 +179,8 @@ def _vector_steps(vector: Callable[[], npt.NDArray[np.float32]]) -> Callable[[],
 
 def _matrix_steps(matrix: MatrixSource | None) -> Callable[[], Iterator[Step]]:
     """The tiles of a matrix, some rows at a time: memory does not grow with the matrix."""
+    if isinstance(matrix, MadeMatrix):
+        return _made_steps(matrix)
     assert isinstance(matrix, packing.StoredMatrix)  # what is packed comes from a model's file
     n_out, n_in = matrix.shape
 
@@ -189,6 +195,18 @@ def _matrix_steps(matrix: MatrixSource | None) -> Callable[[], Iterator[Step]]:
             n_rows = min(step, n_out - first)
             n_bytes = matrix.format.matrix_bytes(n_rows, n_in)
             yield Step(n_bytes, partial(matrix.read_rows, first, n_rows), partial(put, first))
+
+    return steps
+
+
+def _made_steps(matrix: MadeMatrix) -> Callable[[], Iterator[Step]]:
+    """Tiles that there are already."""
+    total = matrix.format.matrix_bytes(*matrix.shape)
+
+    def steps() -> Iterator[Step]:
+        for first in range(0, total, packing.SLAB_BYTES):
+            n_bytes = min(packing.SLAB_BYTES, total - first)
+            yield Step(n_bytes, partial(matrix.read, first, n_bytes), _copy)
 
     return steps
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 
 from edgert.errors import OptionError
-from edgert.storage.bundle import FILES
+from edgert.storage.bundle import CHOICE, FILES, PROFILE
 
 JOURNAL = "journal"
-_MINE = {*FILES, JOURNAL}
+_MINE = {*FILES, PROFILE, CHOICE, JOURNAL}
 _POLL_S = 0.1
 
 

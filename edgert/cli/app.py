@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from edgert.cli import bench, cache, chat, doctor, generate, inspect, pack, perplexity, replay, verify, warmup
+from edgert.cli import (
+    bench,
+    cache,
+    chat,
+    doctor,
+    generate,
+    inspect,
+    pack,
+    perplexity,
+    profile,
+    replay,
+    report,
+    verify,
+    warmup,
+)
 
 app = typer.Typer(
     name="edgert",
@@ -23,6 +37,8 @@ app.command("inspect", cls=inspect.InspectCommand)(inspect.inspect_model)
 app.command("perplexity")(perplexity.perplexity)
 app.command("bench")(bench.bench)
 app.command("replay")(replay.replay)
+app.command("profile", cls=profile.ProfileCommand)(profile.profile)
+app.command("report")(report.report)
 app.command("warmup")(warmup.warmup)
 app.command("pack")(pack.pack)
 app.command("verify")(verify.verify)

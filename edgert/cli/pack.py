@@ -6,15 +6,22 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgert.cli import output
 from edgert.cli.interrupts import while_loading
-from edgert.cli.options import Chosen, Json, command
+from edgert.cli.options import Chosen, Json, command, read_file
+from edgert.errors import OptionError
+
+if TYPE_CHECKING:
+    from edgert.goal import Goal
+    from edgert.pack import Packed
+    from edgert.pack_bits import PackedBits
 
 _LINE_S = 5.0  # between two lines about the same work
+_BITS = "Bits per expert"
 
 Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="A GGUF file (of a split model the first) or a Hugging Face folder.")
@@ -25,12 +32,104 @@ Out = Annotated[
 ]
 
 
-@command(runtime=False)
-def pack(source: Source, out: Out = None, json: Json = False, *, chosen: Chosen) -> None:
+def _option(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, show_default=False, rich_help_panel=_BITS)
+
+
+Loss = Annotated[
+    str | None, _option("--loss", "SHARE", "The smallest bundle whose perplexity rises by at most this, such as 2%.")
+]
+Size = Annotated[
+    str | None, _option("--size", "SIZE", "The least loss at this size: 3.0bpw for the experts, 8GiB for the bundle.")
+]
+Objective = Annotated[
+    str | None, _option("--objective", "size|speed", "What is minimised within --loss: size if not set.")
+]
+Method = Annotated[
+    str | None, _option("--method", "optimal|edgemoe", "How bits are chosen; edgemoe as in the paper, to compare.")
+]
+FormatName = Annotated[str | None, _option("--format", "NAME", "One format for all experts, such as int4 or int3-k.")]
+ProfileFile = Annotated[
+    Path | None, _option("--profile", "FILE", "What `edgert profile` wrote; beside SOURCE, or made now, if not set.")
+]
+Quantiser = Annotated[str | None, _option("--quantiser", "NAME", "rtn, hqq, awq or gptq; gptq if not set.")]
+Hot = Annotated[int | None, _option("--hot", "BITS", "Bits of hot weights that have more: 8 if not set; 0 keeps them.")]
+Text = Annotated[
+    Path | None, _option("--proof", "FILE", "Text to measure the loss on, instead of what the profile kept back.")
+]
+Cluster = Annotated[
+    str | None, _option("--dask", "ADDRESS", "Quantise on a Dask cluster, such as tcp://host:8786, instead of here.")
+]
+
+
+@command()
+def pack(
+    source: Source,
+    out: Out = None,
+    loss: Loss = None,
+    size: Size = None,
+    objective: Objective = None,
+    method: Method = None,
+    format: FormatName = None,
+    profile: ProfileFile = None,
+    quantiser: Quantiser = None,
+    hot: Hot = None,
+    proof: Text = None,
+    dask: Cluster = None,
+    json: Json = False,
+    *,
+    chosen: Chosen,
+) -> None:
     """Pack a model into a bundle: the form that is read from flash, expert by expert.
 
-    What is there and current is left as it is; what an interrupted pack left is gone on with. The source stays.
+    By default every weight stays as the source has it. With --loss, --size or --format the experts are quantised, each
+    to bits of its own, and the result is measured against the source. What is there and current is left as it is; what
+    an interrupted pack left is gone on with. The source stays.
     """
+    words = {"loss": loss, "size": size, "objective": objective, "method": method, "format": format}
+    others = {"quantiser": quantiser, "hot": hot}
+    if all(value is None for value in words.values()):
+        given = [name for name, value in {**others, "profile": profile, "proof": proof, "dask": dask}.items() if value]
+        if given:
+            raise OptionError(f"--{given[0]} is for choosing bits: add --loss 2%, --size 3.0bpw or --format int4")
+        _pack_as_it_is(source, out, json)
+        return
+    goal = _goal({**words, **others}, chosen.runtime.get("memory"))
+    with reporting("packing") as report:
+        from edgert.pack import default_out
+        from edgert.pack_bits import Request, pack_bits, profile_for, work_of
+
+        target = out or default_out(source)
+        options = {**chosen.runtime}
+        if goal.memory is not None:  # what the runtime will have, not this
+            options.pop("memory")
+        try:
+            found = profile_for(source, profile, work_of(target), report, options)
+            text = None if proof is None else read_file(proof)
+            request = Request(source, target, found, goal, text, str(proof or ""), dask, options)
+            packed = pack_bits(request, report)
+        except KeyboardInterrupt:
+            output.note(f"stopped; what is done is kept in {work_of(target)}: pack again to go on, or remove it")
+            raise
+    _show_bits(packed, json)
+
+
+def _goal(words: dict[str, Any], memory: Any) -> Goal:
+    """The goal that the options describe."""
+    from edgert.goal import Goal, parse_loss, parse_target
+    from edgert.memory import parse_size
+
+    fields = {name: value for name, value in words.items() if value is not None and name not in ("loss", "size")}
+    if words["loss"] is not None:
+        fields["loss"] = parse_loss(words["loss"])
+    if words["size"] is not None:
+        fields |= parse_target(words["size"])
+    if words["objective"] == "speed" and memory is not None:
+        fields["memory"] = parse_size(memory)
+    return Goal(**fields)
+
+
+def _pack_as_it_is(source: Path, out: Path | None, json: bool) -> None:
     with reporting("packing") as report:
         from edgert.pack import default_out, pack_model
         from edgert.pack_place import part_of
@@ -42,17 +141,23 @@ def pack(source: Source, out: Out = None, json: Json = False, *, chosen: Chosen)
                 output.note(f"stopped; {part} is kept: pack again to go on, or remove it")
             raise
     if json:
-        output.write_json(
-            {
-                "bundle": str(packed.path),
-                "bytes": packed.n_bytes,
-                "written": packed.written,
-                "resumed": packed.resumed,
-                "seconds": packed.seconds,
-                "inexact": packed.inexact,
-            }
-        )
-        return
+        output.write_json(_document(packed))
+    else:
+        _show(packed)
+
+
+def _document(packed: Packed) -> dict[str, Any]:
+    return {
+        "bundle": str(packed.path),
+        "bytes": packed.n_bytes,
+        "written": packed.written,
+        "resumed": packed.resumed,
+        "seconds": packed.seconds,
+        "inexact": packed.inexact,
+    }
+
+
+def _show(packed: Packed) -> None:
     size = output.binary_size(packed.n_bytes)
     if not packed.written and not packed.resumed:
         output.write(f"{packed.path}: packed already, {size}\n")
@@ -62,6 +167,22 @@ def pack(source: Source, out: Out = None, json: Json = False, *, chosen: Chosen)
     output.write(f"{packed.path}: {size} in {packed.seconds:.1f} s, {rate}{earlier}\n")
     for kind, loss in packed.inexact.items():
         output.write(f"not exact: {kind} {loss}\n")
+
+
+def _show_bits(found: PackedBits, json: bool) -> None:
+    """What came of a pack with chosen bits."""
+    if json:
+        output.write_json(
+            {**_document(found.packed), "bits": dict(found.bits), "proof": found.proof and found.proof.as_document()}
+        )
+        return
+    packed, size = found.packed, output.binary_size(found.packed.n_bytes)
+    if not packed.written and not packed.resumed:
+        output.write(f"{packed.path}: packed already, {size}\n")
+    else:
+        output.write(f"{packed.path}: {size} in {packed.seconds:.0f} s\n")
+    for line in found.lines():
+        output.write(f"{line}\n")
 
 
 @contextlib.contextmanager

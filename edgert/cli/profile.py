@@ -1,0 +1,266 @@
+"""`edgert profile`: run calibration text through a model and keep what its experts do; and merge such profiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from edgert.cli import output
+from edgert.cli.options import Chosen, Json, ModelName, command
+from edgert.cli.pack import Cluster, reporting
+from edgert.errors import OptionError
+
+if TYPE_CHECKING:
+    from edgert.experts.profile import Profile
+    from edgert.profiling import Profiled
+
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--corpus",
+        metavar="FILE...",
+        help="Text to calibrate on, UTF-8: plain, .jsonl or .json; none: the model writes its own.",
+        show_default=False,
+    ),
+]
+Tokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Calibrate on N tokens, or a few more.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FILE", help="The profile to write; NAME.profile.npz beside MODEL if not set."),
+]
+HeldOut = Annotated[
+    str,
+    typer.Option(
+        "--held-out",
+        metavar="SHARE",
+        help="Keep back this share of each text, to prove on; no more than is calibrated on. 0 keeps none.",
+    ),
+]
+Quantiser = Annotated[str, typer.Option("--quantiser", metavar="NAME", help="What sensitivity is measured with.")]
+NoSensitivity = Annotated[bool, typer.Option("--no-sensitivity", help="Do not measure what quantising would cost.")]
+Merge = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--merge",
+        metavar="FILE[=WEIGHT]...",
+        help="Merge profiles of one model into --out instead, such as a.npz=0.7 b.npz=0.3.",
+        show_default=False,
+    ),
+]
+
+
+class ProfileCommand(TyperCommand):
+    """Lets --corpus and --merge take all that follows up to the next option, as a shell's * gives it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write the option before each of its values."""
+        option, written = "", list[str]()
+        for place, arg in enumerate(args):
+            if arg.startswith("-"):
+                option = arg if arg in ("--corpus", "--merge") else ""
+                written += [arg]
+            elif option and args[place - 1] != option:
+                written += [option, arg]
+            else:
+                written += [arg]
+        return super().parse_args(ctx, written)
+
+
+@command()
+def profile(
+    model: ModelName = None,
+    corpus: Corpus = None,
+    tokens: Tokens = 20_000,
+    out: Out = None,
+    held_out: HeldOut = "10%",
+    quantiser: Quantiser = "gptq",
+    no_sensitivity: NoSensitivity = False,
+    merge: Merge = None,
+    dask: Cluster = None,
+    json: Json = False,
+    *,
+    chosen: Chosen,
+) -> None:
+    """Learn which experts a model uses, on text of several kinds, and what quantising each would cost.
+
+    Without --corpus the model writes text itself. What an interrupted run did is not done again.
+    """
+    if merge:
+        _show_merged(_merged(merge, out, model, corpus), json)
+        return
+    with reporting("profiling") as report:
+        from edgert.profiling import default_out, profile_model
+
+        try:
+            done = profile_model(
+                model,
+                out,
+                corpora=corpus or (),
+                n_tokens=tokens,
+                held_out=_share(held_out),
+                progress=report,
+                **chosen.runtime,
+            )
+            if not no_sensitivity:
+                done = _add_sensitivity(done, model, quantiser, report, dask, chosen.runtime)
+        except KeyboardInterrupt:
+            kept = out or default_out(model)
+            output.note(f"stopped; what was run is kept beside {kept}: profile the same again to go on")
+            raise
+    if json:
+        output.write_json(as_json(done))
+    else:
+        show(done)
+
+
+def _add_sensitivity(
+    done: Profiled, model: str | None, quantiser: str, report: Any, dask: str | None, runtime: Mapping[str, Any]
+) -> Profiled:
+    """Measure what quantising costs, unless the profile says it already for this quantiser, and write it."""
+    if done.profile.sensitivity is not None and done.profile.sensitivity.quantiser == quantiser:
+        return done
+    from dataclasses import replace
+
+    from edgert.loading import resolve
+    from edgert.pack_bits import work_of
+    from edgert.quantising import Bench, measure_sensitivity
+
+    bench = Bench(resolve(model), work_of(done.path), report, dask, runtime)
+    found = done.profile.with_sensitivity(measure_sensitivity(bench, done.profile, quantiser))
+    found.save(done.path)
+    bench.remove()
+    return replace(done, profile=found)
+
+
+def _share(text: str) -> float:
+    """The share of "10%" or "0.1"; OptionError unless it lies from 0 to below 1."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise OptionError(f"--held-out {text} must be a share from 0 to below 100%, such as 10% or 0.1")
+    return share
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+def _merged(texts: list[str], out: Path | None, model: str | None, corpus: list[Path] | None) -> tuple[Profile, Path]:
+    """The profile of several, written."""
+    from edgert.errors import StorageError
+    from edgert.experts.profile import Profile
+    from edgert.experts.profile_merge import Part, merge
+
+    if out is None or model is not None or corpus:
+        raise OptionError("--merge takes profiles and --out FILE, and neither a model nor --corpus")
+    if len(texts) < 2:
+        raise OptionError("--merge names one profile; name at least two, such as a.npz=0.7 b.npz=0.3")
+    named = [_weighted(text) for text in texts]
+    merged = merge([Part(str(path), Profile.load(path), weight) for path, weight in named])
+    try:
+        merged.save(out)
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written ({error.strerror}); name another file with --out") from error
+    return merged, out
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """The file and the weight of FILE=WEIGHT; 1 where there is no weight."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise OptionError(f"--merge {text}: {weight!r} is no weight; write FILE=WEIGHT, such as a.npz=0.7") from None
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+def as_json(done: Profiled) -> dict[str, Any]:
+    """What was run, and what a profile says in a few numbers."""
+    return {
+        "path": str(done.path),
+        "tokens": done.profile.n_tokens,
+        "run": done.n_run,
+        "resumed": done.n_resumed,
+        "seconds": done.seconds,
+        "notes": list(done.notes),
+        **_about(done.profile),
+    }
+
+
+def _about(profile: Profile) -> dict[str, Any]:
+    """The profile in a few numbers; recall one layer ahead."""
+    import numpy as np
+
+    from edgert.experts import profile_statistics as statistics
+
+    frequency, reuse = profile.frequency()[profile.layers], statistics.previous_token_reuse(profile)
+    return {
+        "own_text": profile.own_text,
+        "texts": {
+            domain.name: {
+                "share": profile.shares[domain.name],
+                "tokens": len(domain.tokens),
+                "held_out": len(domain.held_out),
+            }
+            for domain in profile.domains
+        },
+        "layers": len(profile.layers),
+        "experts": profile.n_expert,
+        "used": profile.top_k,
+        "never_used": int((frequency == 0).sum()),
+        "entropy": float(np.nanmean(statistics.skew(profile).entropy)),
+        "previous_token_reuse": float(np.nanmean(reuse)),
+        "recall": {name: _mean(rows[0]) for name, rows in profile.recall.items()},
+        "sensitivity": profile.sensitivity and profile.sensitivity.quantiser,
+    }
+
+
+def _mean(row: Any) -> float | None:
+    """The mean of what is known."""
+    known = row[row == row]
+    return float(known.mean()) if len(known) else None
+
+
+def show(done: Profiled) -> None:
+    """What was done, for a person."""
+    for note in done.notes:
+        output.note(note)
+    if not done.n_run and not done.seconds:
+        output.write(f"{done.path}: profiled already on this text, {done.profile.n_tokens:,} tokens\n")
+    else:
+        rate = f"{done.n_run / max(done.seconds, 1e-9):,.0f} tokens/s"
+        earlier = f", {done.n_resumed:,} more by an earlier run" if done.n_resumed else ""
+        output.write(f"{done.path}: {done.n_run:,} tokens in {done.seconds:.1f} s, {rate}{earlier}\n")
+    _show_about(_about(done.profile))
+
+
+def _show_merged(merged: tuple[Profile, Path], json: bool) -> None:
+    profile, path = merged
+    if json:
+        output.write_json({"path": str(path), "tokens": profile.n_tokens, **_about(profile)})
+    else:
+        output.write(f"{path}: {profile.n_tokens:,} tokens of {len(profile.domains)} texts\n")
+        _show_about(_about(profile))
+
+
+def _show_about(about: dict[str, Any]) -> None:
+    if about["own_text"]:
+        output.write("the model wrote the text itself; name --corpus FILE... for text like yours\n")
+    for name, text in about["texts"].items():
+        kept = f"{text['held_out']:,} kept back" if text["held_out"] else "none kept back"
+        output.write(f"  {text['share']:6.1%}  {output.harmless(name)}: {text['tokens']:,} tokens, {kept}\n")
+    all_experts = about["layers"] * about["experts"]
+    even = math.log2(about["experts"])
+    output.write(
+        f"{about['used']} of {about['experts']} experts a token in {about['layers']} layers; {about['never_used']} of "
+        f"{all_experts:,} never used; entropy {about['entropy']:.2f} bits, {even:.2f} at most; "
+        f"{about['previous_token_reuse']:.0%} as the token before\n"
+    )
+    recall = ", ".join(f"{name} {share:.0%}" for name, share in about["recall"].items() if share is not None)
+    output.write(f"experts of the next layer foreseen: {recall or 'none'}\n")

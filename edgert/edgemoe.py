@@ -1,0 +1,58 @@
+"""EdgeMoE's way to choose bits (arXiv 2308.14352), run on a real model: two widths, each expert tried by itself.
+
+The order of things is edgert.experts.edgemoe's; here is what it takes to measure an expert alone at the low width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.bits import PROJECTIONS, Bits
+from edgert.experts.profile import Profile
+from edgert.pack_meter import Meter
+from edgert.quant.formats import FORMATS, Format
+from edgert.quantising import Bench, make_tiles, put_expert, put_layer, reader, trial_chunks
+from edgert.tile_store import TileStore
+
+if TYPE_CHECKING:
+    from edgert.states import States
+    from edgert.trial import Trial
+    from edgert.weights import Weights
+
+BASE, LOW = FORMATS["int4"], FORMATS["int2"]
+_CHUNKS = 4  # of calibration text for each expert's turn
+
+
+def low_bits(low: npt.NDArray[np.bool_], quantiser: str, hot: Format | None) -> Bits:
+    """Two bits for the experts of `low` (n_layers, n_expert), four for the others."""
+    choice = np.repeat(low[..., None].astype(np.int64), len(PROJECTIONS), axis=2)
+    return Bits((BASE, LOW), choice, hot, quantiser)
+
+
+def losses_alone(
+    bench: Bench, weights: Weights, states: States, profile: Profile, store: TileStore, trial: Trial, quantiser: str
+) -> npt.NDArray[np.float64]:
+    """The loss on calibration text, in nats a token, with each expert alone at the low width: (n_layers, n_expert).
+
+    Not a number for experts that were never routed to, which so keep the base width. The tiles of both widths are left
+    in the store.
+    """
+    shape, chunks = profile.record_bytes.shape, trial_chunks(profile, _CHUNKS)
+    base, low = (low_bits(np.full(shape, lowered), quantiser, None) for lowered in (False, True))
+    for bits in (base, low):
+        make_tiles(bench, weights, states, bits, store)
+    for layer in profile.layers:
+        put_layer(trial, weights, base, reader(base, store), layer)
+    found, n_experts = np.full(shape, np.nan), len(profile.layers) * profile.n_expert
+    meter = Meter(bench.progress, "one expert at a time", n_experts, speed=lambda rate: f"{rate:.1f} experts/s")
+    routed = profile.frequency() > 0
+    for layer in profile.layers:
+        for expert in np.flatnonzero(routed[layer]).tolist():
+            put_expert(trial, weights, low, reader(low, store), layer, expert)
+            found[layer, expert] = float(trial.measure(chunks).losses.mean())
+            put_expert(trial, weights, base, reader(base, store), layer, expert)
+            meter.add(1, f"layer {layer}, expert {expert}")
+    return found

@@ -1,0 +1,92 @@
+"""What is computed for one expert by itself, in whichever process: the cost of formats, or the tiles of chosen ones.
+
+A job holds all that it needs and gives the same bits on every machine, so that jobs may run in any order and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.quant.formats import FORMATS, MatrixSource
+from edgert.quant.quantise_expert import option_errors, quantise_expert
+from edgert.states import States
+from edgert.types import Floats
+from edgert.weights import Weights
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """One expert: its weights, what they multiplied, and the formats to quantise to.
+
+    gate, up: (d_expert, d_model), down: (d_model, d_expert), float16 where the source has no more. rows: (n_tokens,
+    d_model) with their router weights (n_tokens,). formats: those to be tried, or one each for gate, up and down ("":
+    nothing to do).
+    """
+
+    layer: int
+    expert: int
+    gate: npt.NDArray[Any]
+    up: npt.NDArray[Any]
+    down: npt.NDArray[Any]
+    rows: npt.NDArray[np.float16]
+    importance: Floats
+    formats: tuple[str, ...]
+    quantiser: str
+    activation: str
+
+    def arrays(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """gate, up, down and rows as float32."""
+        gate, up, down, rows = (a.astype(np.float32) for a in (self.gate, self.up, self.down, self.rows))
+        return gate, up, down, rows
+
+
+def errors_of(job: ExpertJob) -> Floats:
+    """Errors of the expert's output, (3, n_formats), with one projection at a time in each format."""
+    gate, up, down, rows = job.arrays()
+    formats = [FORMATS[name] for name in job.formats]
+    return option_errors(gate, up, down, formats, job.quantiser, rows, job.importance, job.activation)
+
+
+def tiles_of(job: ExpertJob) -> list[Bytes | None]:
+    """Tiles of gate, up and down in their formats; None where there was nothing to do."""
+    gate, up, down, rows = job.arrays()
+    formats = [FORMATS[name] if name else None for name in job.formats]
+    made = quantise_expert(gate, up, down, formats, job.quantiser, rows, job.importance, job.activation)
+    tiles: list[Bytes | None] = []
+    for matrix in made.matrices:
+        if matrix is None:
+            tiles.append(None)
+            continue
+        out = np.zeros(matrix.format.matrix_bytes(*matrix.shape), np.uint8)
+        matrix.pack(out)
+        tiles.append(out)
+    return tiles
+
+
+def jobs_of(
+    weights: Weights,
+    states: States,
+    wanted: Iterator[tuple[int, int, tuple[str, ...]]],
+    quantiser: str,
+) -> Iterator[ExpertJob]:
+    """A job for each (layer, expert, formats) that is wanted; weights are read when a job is asked for."""
+    for layer, expert, formats in wanted:
+        found = weights.expert(layer, expert)
+        gate, up, down = (_floats(matrix) for matrix in (found.gate, found.up, found.down))
+        rows, importance = states.of(layer, expert)
+        rows16 = rows.astype(np.float16)  # as they were kept
+        activation = weights.config.activation
+        yield ExpertJob(layer, expert, gate, up, down, rows16, importance, formats, quantiser, activation)
+
+
+def _floats(matrix: MatrixSource) -> npt.NDArray[Any]:
+    """The weights (n_out, n_in): half floats as they are, everything else as float32."""
+    whole = matrix.whole()
+    return whole.values if whole.values.dtype == np.float16 else whole.to_float()

@@ -1,0 +1,278 @@
+"""What quantising a model's experts costs, and quantising them: jobs over all experts, and trials of whole layers.
+
+The experts' inputs are made once, by running the profile's own text again; everything then is done expert by expert,
+in as many processes as there are, and kept in a folder, so that what was done before a kill is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.bits import PROJECTIONS, Bits, expert_shapes, fitting
+from edgert.expert_jobs import errors_of, jobs_of, tiles_of
+from edgert.experts.profile import Profile, Sensitivity
+from edgert.jobs import run_jobs
+from edgert.pack_meter import Meter
+from edgert.quant.formats import FORMATS, Format
+from edgert.quant.quantisers import quantise
+from edgert.requantised import Bytes, MadeMatrix, Place, Read
+from edgert.states import States, collect_states
+from edgert.tile_store import TileStore, write_aside
+from edgert.types import Floats, Ids
+from edgert.weights import Progress, Weights
+
+if TYPE_CHECKING:
+    from edgert.model import Model
+    from edgert.trial import Trial
+
+# Formats worth choosing between: for each size the one with the least error, of which a model takes those that fit its
+# rows' lengths.
+CANDIDATES = (
+    *("int2-g128", "int2-g64", "int2", "int2-k", "int2-g16"),
+    *("int3-g128", "int3-g64", "int3-k", "int3"),
+    *("int4-g128", "int4-g64", "int4"),
+    *("int5-g64", "int6-g64", "int8-g64"),
+)
+SHORT_CANDIDATES = ("int5", "int6", "int8")  # besides, where rows are no multiple of 64
+_PROBE, _BASE = "int3", "int8"  # what a layer's experts get in a trial, and all the others
+_TAKEN = 0.05  # nats that the probe's format costs a model, where it cannot be measured
+_TRIAL_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the work on one model needs: its file, the folder for what is under way, and how to run jobs and the model.
+
+    options: keywords of edgert.load. dask: the address of a cluster, or None for processes here.
+    """
+
+    source: Path
+    work: Path
+    progress: Progress
+    dask: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def model(self) -> Iterator[Model]:
+        """The model, loaded."""
+        from edgert.model import load
+
+        with load(self.source, progress=self.progress, **self.options) as model:
+            yield model
+
+    def remove(self) -> None:
+        """Remove the folder: the work is done."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def tell(self, text: str) -> None:
+        """What went wrong and is mended."""
+        self.progress(text, 0.0)
+
+    def states(self, model: Model, profile: Profile) -> States:
+        """What the experts were given while the profile's text ran; kept in the folder."""
+        path, about = self.work / "states.f16", self.work / "states-of"
+        self.work.mkdir(parents=True, exist_ok=True)
+        if about.exists() and about.read_text() == text_digest(profile):
+            return States(profile, profile.layers, path)
+        states = collect_states(model, profile, None, path, self.progress)
+        write_aside(about, text_digest(profile).encode())
+        return states
+
+
+def text_digest(profile: Profile) -> str:
+    """A digest of the model and of the text that it was profiled on."""
+    digest = hashlib.sha256(profile.digest.encode())
+    for domain in profile.domains:
+        digest.update(domain.tokens.tobytes())
+    return digest.hexdigest()
+
+
+def profile_counts(profile: Profile) -> Ids:
+    """Calibration tokens of each expert, (n_layers, n_expert)."""
+    ids = np.concatenate([domain.ids for domain in profile.domains], axis=1)
+    counts = [np.bincount(layer.reshape(-1), minlength=profile.n_expert) for layer in ids]
+    return np.array(counts, np.int64) * (profile.record_bytes > 0)
+
+
+def weights_of(model: Model) -> Weights:
+    """The weights that a model was loaded from."""
+    with model.held() as parts:
+        return parts.weights
+
+
+def candidates(weights: Weights) -> tuple[str, ...]:
+    """The names of the formats to choose between: those that fit a projection of this model."""
+    widths = weights.config.d_model, weights.config.d_expert
+    names = CANDIDATES if all(n_in % 64 == 0 for n_in in widths) else (*CANDIDATES, *SHORT_CANDIDATES)
+    formats = [FORMATS[name] for name in names]
+    fit = {place for n_in in widths for place in fitting(formats, n_in)}
+    return tuple(names[place] for place in sorted(fit))
+
+
+def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq") -> Sensitivity:
+    """The error of every expert's output with each projection in each format, and what errors in each layer cost.
+
+    Takes the time of quantising all experts in all formats. Raises what loading the model raises.
+    """
+    store = TileStore(bench.work / f"tiles-{quantiser}", [text_digest(profile), quantiser])
+    with bench.model() as model:
+        weights, layers = weights_of(model), profile.layers
+        names = candidates(weights)
+        states = bench.states(model, profile)
+        rows = profile_counts(profile).astype(np.int32)
+        errors = np.zeros((profile.n_layers, profile.n_expert, len(PROJECTIONS), len(names)), np.float32)
+        missing = []
+        for layer in layers:
+            for expert in range(profile.n_expert):
+                kept = store.folder / f"errors-{layer}-{expert}.npy"
+                if kept.exists():
+                    errors[layer, expert] = np.load(kept)
+                else:
+                    missing.append((layer, expert, names))
+        jobs = jobs_of(weights, states, iter(missing), quantiser)
+        meter = Meter(bench.progress, "trying formats", len(missing), speed=_experts_a_second)
+        with closing(run_jobs(errors_of, jobs, dask=bench.dask, notice=bench.tell)) as results:
+            for place, found in results:
+                layer, expert, _ = missing[place]
+                errors[layer, expert] = found
+                _save(store.folder / f"errors-{layer}-{expert}.npy", found)
+                meter.add(1, f"layer {layer}")
+        probe = Bits.uniform(FORMATS[_PROBE], profile.n_layers, profile.n_expert, quantiser=quantiser)
+        make_tiles(bench, weights, states, probe, store)
+        share = rows.astype(np.float64) / profile.n_tokens
+        total = (share[..., None] * errors[..., names.index(_PROBE)]).sum(axis=(1, 2))
+        if model.memory.slots:  # trials exchange experts in RAM
+            bench.progress("not all experts are in RAM: every layer is taken to be as sensitive as the others", 0.0)
+            gains = np.divide(_TAKEN / len(layers), total, out=np.zeros(len(total)), where=total > 0).astype(np.float32)
+        else:
+            gains = _gains(bench, model, profile, probe, store, total)
+    return Sensitivity(quantiser, names, errors, rows, gains, profile.n_tokens)
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_aside(path, buffer.getvalue())
+
+
+def _gains(
+    bench: Bench, model: Model, profile: Profile, probe: Bits, store: TileStore, errors: npt.NDArray[np.float64]
+) -> Floats:
+    """Divergence for a unit of error in each layer: that of the layer's experts in the probe's format, measured.
+
+    errors: (n_layers,) of the probe. All other experts are in 8 bits meanwhile: activations are, too, and what that
+    costs is taken off.
+    """
+    from edgert.trial import Trial
+
+    chunks, weights, gains = trial_chunks(profile, _TRIAL_CHUNKS), weights_of(model), np.zeros(profile.n_layers)
+    base = Bits.uniform(FORMATS[_BASE], profile.n_layers, profile.n_expert, quantiser="rtn")
+    with Trial(model) as trial:
+        for layer in profile.layers:
+            put_layer(trial, weights, base, rounded(weights, base), layer)
+        floor = trial.measure(chunks).kl
+        for done, layer in enumerate(profile.layers):
+            bench.progress("measuring what each layer's errors cost", done / len(profile.layers))
+            put_layer(trial, weights, probe, reader(probe, store), layer)
+            risen = trial.measure(chunks).kl - floor
+            gains[layer] = max(risen, 0.0) / max(errors[layer], 1e-30)
+            put_layer(trial, weights, base, rounded(weights, base), layer)
+    known = gains > 0
+    if known.any():  # what drowned in rounding is taken for the least of the others
+        gains[profile.layers] = np.maximum(gains[profile.layers], gains[known].min())
+    return gains.astype(np.float32)
+
+
+def trial_chunks(profile: Profile, n_chunks: int) -> list[list[int]]:
+    """Chunks of the calibration text, evenly from all domains."""
+    chunks: list[list[int]] = []
+    each = -(-n_chunks // len(profile.domains))
+    for domain in profile.domains:
+        whole = domain.tokens.reshape(-1, profile.chunk)
+        chunks += whole[np.arange(min(each, len(whole))) * len(whole) // min(each, len(whole))].tolist()
+    return chunks[: max(n_chunks, len(profile.domains))]
+
+
+def make_tiles(bench: Bench, weights: Weights, states: States, bits: Bits, store: TileStore) -> None:
+    """Quantise what `bits` chooses and the store has not yet."""
+    missing: list[tuple[int, int, tuple[str, ...]]] = []
+    for layer, expert in np.argwhere((bits.choice >= 0).any(axis=2)).tolist():
+        names = tuple(
+            "" if format is None or store.has((layer, expert, place), format) else format.name
+            for place, format in enumerate(bits.of(layer, expert))
+        )
+        if any(names):
+            missing.append((layer, expert, names))
+    meter = Meter(bench.progress, "quantising", len(missing), speed=_experts_a_second)
+    jobs = jobs_of(weights, states, iter(missing), bits.quantiser)
+    with closing(run_jobs(tiles_of, jobs, dask=bench.dask, notice=bench.tell)) as results:
+        for index, tiles in results:
+            layer, expert, names = missing[index]
+            for place, (name, made) in enumerate(zip(names, tiles, strict=True)):
+                if made is not None:
+                    store.put((layer, expert, place), FORMATS[name], made)
+            meter.add(1, f"layer {layer}")
+
+
+def _experts_a_second(rate: float) -> str:
+    return f"{rate:,.1f} experts/s"
+
+
+def reader(bits: Bits, store: TileStore) -> Read:
+    """What a RequantisedSource reads from a store."""
+
+    def read(place: Place, first: int, n_bytes: int) -> Bytes:
+        return store.read(place, _format(bits, place), first, n_bytes)
+
+    return read
+
+
+def rounded(weights: Weights, bits: Bits) -> Read:
+    """The same of weights that are rounded to the nearest, when they are asked for."""
+
+    def read(place: Place, first: int, n_bytes: int) -> Bytes:
+        layer, expert, projection = place
+        found = weights.expert(layer, expert)
+        matrix = (found.gate, found.up, found.down)[projection]
+        made = quantise(matrix.whole().to_float(), _format(bits, place), "rtn").matrix
+        tiles = np.zeros(made.format.matrix_bytes(*made.shape), np.uint8)
+        made.pack(tiles)
+        return tiles[first : first + n_bytes]
+
+    return read
+
+
+def _format(bits: Bits, place: Place) -> Format:
+    format = bits.of(*place[:2])[place[2]]
+    assert format is not None, place
+    return format
+
+
+def put_layer(trial: Trial, weights: Weights, bits: Bits, read: Read, layer: int) -> None:
+    """Put all experts of a layer of a trial into the formats that `bits` chooses."""
+    for expert in range(bits.choice.shape[1]):
+        put_expert(trial, weights, bits, read, layer, expert)
+
+
+def put_expert(trial: Trial, weights: Weights, bits: Bits, read: Read, layer: int, expert: int) -> None:
+    """Put one expert of a trial into the formats that `bits` chooses."""
+    formats = bits.of(layer, expert)
+    assert None not in formats
+    gate, up, down = (
+        MadeMatrix(shape, format, partial(read, (layer, expert, place)))
+        for place, (shape, format) in enumerate(zip(expert_shapes(weights.config), formats, strict=True))
+        if format is not None
+    )
+    trial.swap(layer, expert, (gate, up, down))

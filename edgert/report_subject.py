@@ -1,0 +1,184 @@
+"""What a report is about: a profile alone, or a bundle and the profile it was packed by."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgert.architectures import read_config
+from edgert.devices.kv_cache import cache_bytes
+from edgert.errors import ModelFileError, UnsupportedError
+from edgert.experts.predictors import predictor_bytes
+from edgert.experts.profile import Profile
+from edgert.loading import context_of, name_of
+from edgert.memory import WORD_BYTES, Needs
+from edgert.needs import needs
+from edgert.quant.formats import FORMATS
+from edgert.storage.bundle import PROFILE, Bundle, is_bundle
+from edgert.streaming import model_key
+from edgert.types import Floats, Ids, ModelConfig, RopeConfig, RouterConfig
+from edgert.weights import Weights
+
+_CONFIGS: dict[str, Any] = {kind.__name__: kind for kind in (ModelConfig, RopeConfig, RouterConfig)}
+_LONGEST_KEY = 10_000
+_HOT_BITS = 8.5  # at most, scales counted: what packing gives hot weights
+_CHUNK, _KV_TYPE, _READERS_BYTES = 32, "f16", 4 << 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A profile with what is known of the model that will run.
+
+    record_bytes: (n_layers, n_expert) of the bundle, or those that the profile was made with. formats: of gate, up and
+    down of each expert, names (n_layers, n_expert, 3), or None without a bundle. needs: memory of the process, None if
+    the model's configuration is not known; estimated from it where there is no bundle.
+    """
+
+    path: Path
+    name: str
+    profile: Profile
+    config: ModelConfig | None
+    record_bytes: Ids
+    needs: Needs | None
+    bundle: Bundle | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """(n_out, n_in) of an expert's gate, up and down."""
+        d_model, d_expert = self.profile.input_moments.shape[2], self.profile.hidden_moments.shape[2]
+        return (d_expert, d_model), (d_expert, d_model), (d_model, d_expert)
+
+    @property
+    def weights_per_expert(self) -> int:
+        """Weights of gate, up and down together."""
+        return sum(n_out * n_in for n_out, n_in in self.shapes)
+
+    def bits(self) -> Floats | None:
+        """Bits per weight, scales and minima counted, (n_layers, n_expert), NaN where there are none; of a bundle."""
+        if self.bundle is None:
+            return None
+        manifest = self.bundle.manifest
+        kinds = [8 * sum(part.n_bytes for part in parts) / self.weights_per_expert for parts in manifest.kinds]
+        found: Floats = np.array([*kinds, np.nan], np.float32)[manifest.record_kind]  # -1: no record
+        return found
+
+    def formats(self) -> np.ndarray | None:
+        """Names of the formats of gate, up and down, (n_layers, n_expert, 3), "" where there are none; of a bundle."""
+        if self.bundle is None:
+            return None
+        manifest = self.bundle.manifest
+        kinds = [[part.format.name for part in parts] for parts in manifest.kinds]
+        return np.array([*kinds, [""] * 3])[manifest.record_kind]
+
+
+def open_subject(path: Path) -> Subject:
+    """The subject in a profile's file or a bundle's folder.
+
+    ModelFileError for what is neither, is damaged, for a bundle without a profile, or with that of another model;
+    UnsupportedError for formats of a newer edgert.
+    """
+    if path.is_dir() or is_bundle(path):
+        return _of_bundle(path)
+    profile = _load(path)
+    config = config_of(profile)
+    name = profile.model.rpartition(" ModelConfig(")[0] or profile.model or path.name
+    needed = None if config is None else _estimated_needs(profile, config)
+    return Subject(path, name, profile, config, profile.record_bytes, needed)
+
+
+def _load(path: Path) -> Profile:
+    profile = Profile.load(path)
+    formats = profile.sensitivity.formats if profile.sensitivity is not None else ()
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise UnsupportedError(f"{path}: its sensitivity is to {unknown[0]!r}, a format that this edgert does not know")
+    return profile
+
+
+def _of_bundle(path: Path) -> Subject:
+    with contextlib.closing(Bundle.open(path)) as bundle:
+        file = path / PROFILE
+        if not file.exists():
+            raise ModelFileError(
+                f"{path}: the bundle holds no profile; pack it with `edgert pack MODEL --profile FILE`, or report on "
+                "the profile's own file"
+            )
+        profile = _load(file)
+        config = read_config(bundle.metadata, str(path))
+        key, digest = model_key(bundle.metadata, config), bundle.manifest.model.get("digest", profile.digest)
+        if (profile.model, profile.digest) != (key, digest) or profile.record_bytes.shape != bundle.record_bytes.shape:
+            raise ModelFileError(
+                f"{file}: it is the profile of another model, {profile.model[:60]!r}, not of {key[:60]!r} as it was "
+                "packed; make one with `edgert profile` and pack the model again"
+            )
+        needed = needs(Weights(bundle, config), context_of(None, config), _KV_TYPE)
+        return Subject(path, name_of(bundle), profile, config, bundle.record_bytes, needed, bundle)
+
+
+# ---- without a bundle ------------------------------------------------------------------------------------------------
+def config_of(profile: Profile) -> ModelConfig | None:
+    """The configuration that a profile's model key spells out; None where it is none, or not of these experts."""
+    _, kind, text = profile.model.rpartition("ModelConfig(")
+    if not kind or len(text) > _LONGEST_KEY:
+        return None
+    try:
+        config = _value(ast.parse(kind + text, mode="eval").body)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return config if isinstance(config, ModelConfig) and _is_sound(config, profile) else None
+
+
+def _value(node: ast.expr) -> Any:
+    """The dataclass or literal that a repr spells; nothing but a configuration's dataclasses is called."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        return _CONFIGS[node.func.id](**{str(word.arg): _value(word.value) for word in node.keywords})
+    return ast.literal_eval(node)
+
+
+def _is_sound(config: ModelConfig, profile: Profile) -> bool:
+    """Whether it is of the profile's experts, and the numbers that sizes are counted with are such."""
+    router, names = (
+        config.router,
+        ("d_model", "n_heads", "n_kv_heads", "d_head", "d_value", "n_vocab", "n_context", "d_expert"),
+    )
+    if not isinstance(router, RouterConfig) or not isinstance(config.rope, RopeConfig):
+        return False
+    numbers = [getattr(config, name) for name in names] + [config.d_shared + 1, config.rope.n_rotated + 1]
+    return (config.n_layers, router.n_expert, router.top_k) == (profile.n_layers, profile.n_expert, profile.top_k) and (
+        all(type(number) is int and 0 < number < 1 << 31 for number in numbers)
+    )
+
+
+def _estimated_needs(profile: Profile, config: ModelConfig) -> Needs:
+    """What the model takes, its hot weights with as many bits as its experts have, at most 8, and the head with 8.
+
+    Its vocabulary is taken to have as many merges as tokens.
+    """
+    from edgert.devices.cores import choose_threads
+    from edgert.devices.work_space import work_bytes
+
+    sizes, context = profile.record_bytes, context_of(None, config)
+    heads, kv_heads = config.n_heads * config.d_head, config.n_kv_heads * (config.d_head + config.d_value)
+    attention = config.d_model * (heads + kv_heads + config.n_heads * config.d_value)
+    layers = config.n_layers * (attention + config.d_model * (profile.n_expert + 3 * config.d_shared))
+    expert_bits = 8 * float(sizes[sizes > 0].mean()) / (3 * config.d_model * max(config.d_expert, 1))
+    hot_bits = layers * min(expert_bits, _HOT_BITS) + config.n_vocab * config.d_model * _HOT_BITS
+    work = work_bytes(config, context, choose_threads().n_threads, float_hidden=False, chunk=_CHUNK)
+    return Needs(
+        hot=int(hot_bits / 8),
+        kv=cache_bytes(config, context, _KV_TYPE),
+        work={_CHUNK: work},
+        tokenizer=2 * WORD_BYTES * config.n_vocab,
+        context=context,
+        kv_type=_KV_TYPE,
+        cold=int(sizes.sum()),
+        record=int(sizes.max()),
+        top_k=profile.top_k,
+        working_set=int(sizes.sum()) * profile.top_k // profile.n_expert,
+        buffers=_READERS_BYTES + predictor_bytes(profile.n_layers, profile.n_expert),
+        streams=True,
+    )

@@ -1,0 +1,34 @@
+"""What a machine makes of experts on flash: the buffer that a memory budget leaves them, and the rate of its flash.
+
+For choosing bits with the cache in mind, before the bundle is there; the plan is that of loading.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgert.errors import OptionError
+from edgert.experts.speed_allocation import Tier
+from edgert.memory import Budget, plan_memory
+from edgert.needs import needs
+from edgert.storage.flash_settings import flash_settings
+from edgert.weights import Weights
+
+USUAL_BYTES_PER_S = 1e9  # of a flash that was never measured
+READ_S = 1 / 12e9  # for a byte of weights in RAM: two cores of a small machine
+
+
+def tier_for(weights: Weights, memory: int, place: Path, n_context: int) -> Tier:
+    """The tier of a model with these weights on flash at `place`, in `memory` bytes.
+
+    OptionError where all experts fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
+    """
+    needed = needs(weights, n_context, "f16")
+    plan = plan_memory(needed, Budget(memory, memory, memory))
+    if not plan.slots:
+        raise OptionError(
+            f"all {needed.cold >> 20:,} MiB of experts fit --memory {memory >> 20:,}MiB: there the fewest bits are the "
+            "fastest, leave --objective speed away"
+        )
+    settings = flash_settings(place, needed.record)
+    return Tier(plan.slots, settings.bytes_per_s or USUAL_BYTES_PER_S)

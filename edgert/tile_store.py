@@ -1,0 +1,65 @@
+"""Tiles of experts that were quantised before, kept until they are packed: a file for each matrix and format.
+
+A matrix is quantised for the same bytes whatever the others get, so a second attempt at an allocation, or a pack that
+goes on after a kill, makes only what is missing. A folder made under another `header` is emptied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.errors import StorageError
+from edgert.quant.formats import Format
+from edgert.requantised import Place
+
+_HEADER = "header.json"
+
+
+class TileStore:
+    """A folder of tiles; `header` says what they were made from and how. Raises OSError."""
+
+    def __init__(self, folder: Path, header: Any) -> None:
+        self.folder, wanted = folder, json.dumps(header, sort_keys=True)
+        found = folder / _HEADER
+        if folder.exists() and not (found.exists() and found.read_text() == wanted):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(found, wanted.encode())
+
+    def has(self, place: Place, format: Format) -> bool:
+        """Whether the tiles of a place were made in a format."""
+        return self._path(place, format).exists()
+
+    def put(self, place: Place, format: Format, tiles: npt.NDArray[np.uint8]) -> None:
+        """Keep tiles, uint8 (n_bytes,)."""
+        write_aside(self._path(place, format), tiles.tobytes())
+
+    def read(self, place: Place, format: Format, first: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Bytes of the tiles from `first` on. StorageError if they are not there."""
+        path = self._path(place, format)
+        found = np.fromfile(path, np.uint8, n_bytes, offset=first)
+        if len(found) != n_bytes:
+            raise StorageError(f"{path}: {first + n_bytes:,} bytes were kept and are gone; remove it and pack again")
+        return found
+
+    def remove(self) -> None:
+        """Remove the folder, as far as that is possible."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, place: Place, format: Format) -> Path:
+        layer, expert, projection = place
+        return self.folder / f"{layer}-{expert}-{projection}-{format.name}"
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """A file that is there as a whole or not at all."""
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_bytes(content)
+    os.replace(aside, path)

@@ -1,0 +1,193 @@
+"""Packing with bits chosen per expert, end to end on a tiny model: sizes and losses kept, proved, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import edgert
+from edgert.cli.app import app
+from edgert.errors import OptionError
+from edgert.experts.profile import Profile
+from edgert.goal import Goal
+from edgert.pack_bits import PackedBits, Request, pack_bits, work_of
+from edgert.profiling import profile_model
+from edgert.quantising import Bench, measure_sensitivity
+from edgert.storage.bundle import PROFILE, Bundle, read_manifest
+from tests import tiny_moe
+
+RUN = CliRunner()
+
+
+def silent(stage: str, fraction: float) -> None:
+    """Progress that nobody looks at."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bits")
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> Path:
+    return tiny_moe.write(place / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def profile(place: Path, model: Path) -> Profile:
+    """A profile with sensitivity, of text that takes a second."""
+    corpus = place / "text.txt"
+    corpus.write_text(tiny_moe.text(12_000, 1))
+    found = profile_model(
+        model, place / "plain.npz", corpora=[corpus], n_tokens=2048, held_out=0.3, progress=silent, context=128
+    ).profile
+    bench = Bench(model, place / "sensitivity.work", silent, options={"context": 128})
+    found = found.with_sensitivity(measure_sensitivity(bench, found))
+    found.save(place / "profile.npz")
+    return found
+
+
+def pack(model: Path, out: Path, profile: Profile, goal: Goal, **others: Any) -> PackedBits:
+    return pack_bits(Request(model, out, profile, goal, options={"context": 128}, **others), silent)
+
+
+def test_sensitivity_falls_with_bits_and_gains_are_of_layers_that_have_experts(profile: Profile) -> None:
+    found = profile.sensitivity
+    assert found is not None and (found.gains > 0).all()
+    place = [found.formats.index(name) for name in ("int2", "int3", "int4", "int8-g64")]
+    mean = found.errors[found.rows > 0].mean(axis=(0, 1))[place]
+    assert (mean[1:] < mean[:-1]).all() and mean[-1] < mean[0] / 100
+    assert found.rows.sum() == profile.n_tokens * profile.top_k * profile.n_layers
+
+
+def test_a_size_is_kept_and_the_bundle_answers_as_it_was_measured(
+    tmp_path: Path, model: Path, profile: Profile
+) -> None:
+    found = pack(model, tmp_path / "m.edge", profile, Goal(bits_per_weight=3.5))
+    assert found.proof is not None and found.bits["bits_per_weight"] <= 3.5
+    comparison = found.proof.comparison
+    with edgert.load(tmp_path / "m.edge", context=128) as bundle, edgert.load(model, context=128) as source:
+        chunks = np.concatenate([domain.held_out for domain in profile.domains]).reshape(-1, profile.chunk)
+        from edgert.divergence import compare
+
+        assert compare(source, bundle, chunks.tolist()) == comparison
+    manifest = read_manifest(tmp_path / "m.edge")
+    assert manifest.proof["increase"] == comparison.increase and manifest.bits == found.bits
+    assert len({kind for kind in manifest.record_kind.reshape(-1).tolist()}) > 1  # experts differ
+    assert Profile.load(tmp_path / "m.edge" / PROFILE).digest == profile.digest
+    assert not work_of(tmp_path / "m.edge").exists()
+
+
+def test_more_bits_lose_less(tmp_path: Path, model: Path, profile: Profile) -> None:
+    kl = []
+    for bits in (2.5, 3.5, 5.0):
+        found = pack(model, tmp_path / f"{bits}.edge", profile, Goal(bits_per_weight=bits))
+        assert found.proof is not None
+        kl.append(found.proof.comparison.kl)
+    assert kl == sorted(kl, reverse=True)
+
+
+def test_mixed_bits_lose_less_than_the_same_bits_for_all(tmp_path: Path, model: Path, profile: Profile) -> None:
+    uniform = pack(model, tmp_path / "u.edge", profile, Goal(format="int3"))
+    size = uniform.bits["bits_per_weight"]
+    mixed = pack(model, tmp_path / "m.edge", profile, Goal(bits_per_weight=size))
+    assert uniform.proof is not None and mixed.proof is not None
+    assert mixed.bits["bytes"] <= uniform.bits["bytes"]
+    assert mixed.proof.comparison.kl < uniform.proof.comparison.kl
+
+
+def test_a_bound_on_the_loss_holds_and_what_is_there_is_left(tmp_path: Path, model: Path, profile: Profile) -> None:
+    goal, out = Goal(loss=0.02), tmp_path / "m.edge"
+    found = pack(model, out, profile, goal)
+    assert found.proof is not None
+    comparison = found.proof.comparison
+    assert comparison.increase + comparison.standard_error <= 0.02
+    before = (out / "manifest.json").stat()
+    again = pack(model, out, profile, goal)
+    assert again.proof is None and again.packed.written == 0 and again.bits == found.bits
+    assert (out / "manifest.json").stat().st_ino == before.st_ino
+    assert pack(model, out, profile, Goal(loss=0.2)).bits["bytes"] < found.bits["bytes"]  # asked anew
+
+
+def test_a_bundle_of_a_size_is_not_larger(tmp_path: Path, model: Path, profile: Profile) -> None:
+    out = tmp_path / "m.edge"
+    small = pack(model, tmp_path / "s.edge", profile, Goal(bits_per_weight=2.7)).packed.n_bytes
+    limit = small + 20_000
+    found = pack(model, out, profile, Goal(n_bytes=limit))
+    assert sum(file.stat().st_size for file in out.iterdir()) == found.packed.n_bytes <= limit
+    with pytest.raises(OptionError, match="bytes at least"):
+        pack(model, tmp_path / "n.edge", profile, Goal(n_bytes=100_000))
+    assert not (tmp_path / "n.edge").exists()
+
+
+def test_a_bound_that_eight_bits_miss_is_refused_with_the_figures(
+    tmp_path: Path, model: Path, profile: Profile
+) -> None:
+    with pytest.raises(OptionError, match=r"cannot be reached.*bits: "):
+        pack(model, tmp_path / "m.edge", profile, Goal(loss=1e-9))
+    assert not (tmp_path / "m.edge").exists()
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path, profile: Profile) -> None:
+    other = tiny_moe.write(tmp_path / "other.gguf", seed=6)
+    with pytest.raises(OptionError, match="another model"):
+        pack(other, tmp_path / "m.edge", profile, Goal(bits_per_weight=4.0))
+
+
+def test_streamed_answers_are_those_with_all_experts_in_ram(tmp_path: Path, model: Path, profile: Profile) -> None:
+    pack(model, tmp_path / "m.edge", profile, Goal(bits_per_weight=3.3))
+    ids = list(range(5, 60))
+    with edgert.load(tmp_path / "m.edge", context=128) as resident:
+        expected = resident.logits(ids)
+    with edgert.load(tmp_path / "m.edge", context=128, residency="40%") as streamed:
+        assert np.array_equal(streamed.logits(ids), expected)
+
+
+def test_a_killed_pack_goes_on_to_the_same_bytes(tmp_path: Path, model: Path, place: Path, profile: Profile) -> None:
+    whole, out = tmp_path / "whole.edge", tmp_path / "killed.edge"
+    pack(model, whole, profile, Goal(bits_per_weight=3.0))
+    command = [sys.executable, "-c", "from edgert.cli.main import main; main()", "pack", str(model), str(out)]
+    command += ["--size", "3.0bpw", "--profile", str(place / "profile.npz"), "--context", "128"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    tiles, deadline = work_of(out) / "tiles-gptq", time.monotonic() + 120
+    while not (tiles.is_dir() and len(list(tiles.iterdir())) > 4) and running.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL and not out.exists() and work_of(out).exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in tiles.iterdir() if not path.name.endswith(".part")}
+    pack(model, out, profile, Goal(bits_per_weight=3.0))
+    assert len(kept) > 4 and (out / "experts.bin").read_bytes() == (whole / "experts.bin").read_bytes()
+
+
+def test_what_the_command_prints(tmp_path: Path, model: Path, place: Path, profile: Profile) -> None:
+    out = tmp_path / "m.edge"
+    words = ["pack", str(model), str(out), "--profile", str(place / "profile.npz"), "--context", "128"]
+    result = RUN.invoke(app, [*words, "--size", "4bpw"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "bits per weight" in result.stdout and "perplexity" in result.stdout and "+/-" in result.stdout
+    result = RUN.invoke(app, [*words, "--size", "4bpw", "--json"], catch_exceptions=False)
+    document = json.loads(result.stdout)
+    assert document["bits"]["bits_per_weight"] <= 4 and document["written"] == 0
+    with Bundle.open(out) as bundle:
+        assert bundle.manifest.proof["n_chunks"] > 1
+    for extra, message in (
+        (["--loss", "2%", "--size", "3bpw"], "either"),
+        (["--profile", str(model), "--size", "3bpw"], "not a profile"),
+        (["--hot", "8"], "--loss 2%"),
+    ):
+        result = RUN.invoke(app, ["pack", str(model), str(out), *extra])
+        assert result.exit_code != 0 and message in result.output.replace("\n", " "), result.output

@@ -1,0 +1,125 @@
+"""`edgert profile` on a tiny model: what it prints and leaves, what it refuses, and Ctrl-C in the middle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import golden_path
+from test_profiling import write_text
+
+from edgert.cli import main
+from edgert.experts.profile import OWN_TEXT, Profile
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = ("--no-sensitivity", "--context", "64", "--threads", "1")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """run(*arguments) -> (exit code, stdout, stderr), in a folder with a model, m.gguf."""
+    shutil.copy(golden_path("qwen3moe-q4_0"), tmp_path / "m.gguf")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgert", "profile", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main.main()
+        out, err = capfd.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+def test_corpora_are_named_as_a_shell_gives_them(run: Run, tmp_path: Path) -> None:
+    for name in "abc":
+        write_text(tmp_path / f"{name}.txt", seed=ord(name))
+    code, out, err = run("m.gguf", *QUICK, "--tokens", 384, "--corpus", "a.txt", "b.txt", "--corpus", "c.txt", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["path"] == "m.profile.npz" or document["path"].endswith("/m.profile.npz")
+    assert document["tokens"] == document["run"] == 384 and document["resumed"] == 0 and not document["own_text"]
+    assert {name: text["tokens"] for name, text in document["texts"].items()} == dict.fromkeys(
+        ("a.txt", "b.txt", "c.txt"), 128
+    )
+    assert document["experts"] == 6 and 0 < document["entropy"] <= 2.6 and document["sensitivity"] is None
+    assert document["recall"]["router"] > 0.2 and "loading" not in out
+    assert Profile.load(tmp_path / "m.profile.npz").n_tokens == 384
+    code, out, err = run("m.gguf", *QUICK, "--tokens", 384, "--corpus", "a.txt", "b.txt", "c.txt")
+    assert code == 0 and "m.profile.npz: profiled already on this text, 384 tokens\n" in out
+
+
+def test_without_a_corpus_the_model_writes_and_that_is_said(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("m.gguf", *QUICK, "--tokens", 128, "--out", "own.npz", "--held-out", "0")
+    assert code == 0, err
+    first, *lines = out.splitlines()
+    assert first.startswith("own.npz: 128 tokens in ") and first.endswith(" tokens/s")
+    assert lines[0] == "the model wrote the text itself; name --corpus FILE... for text like yours"
+    assert lines[1] == f"  100.0%  {OWN_TEXT}: 128 tokens, none kept back"
+    assert lines[2].startswith("2 of 6 experts a token in 2 layers; ")
+
+
+def test_profiles_are_merged_with_weights(run: Run, tmp_path: Path) -> None:
+    for name in "ab":
+        write_text(tmp_path / f"{name}.txt", seed=ord(name))
+        assert run("m.gguf", *QUICK, "--tokens", 128, "--out", f"{name}.npz", "--corpus", f"{name}.txt")[0] == 0
+    code, out, err = run("--merge", "a.npz=0.7", "b.npz=0.3", "--out", "c.npz")
+    assert code == 0 and out.startswith("c.npz: 256 tokens of 2 texts\n   70.0%  a.txt: 128 tokens"), err
+    assert Profile.load(tmp_path / "c.npz").shares == pytest.approx({"a.txt": 0.7, "b.txt": 0.3})
+    code, out, _ = run("--merge", "a.npz", "--merge", "b.npz", "-o", "c.npz", "--json")
+    assert code == 0 and json.loads(out)["texts"]["a.txt"]["share"] == 0.5
+
+
+REFUSED = {
+    "a corpus that is absent": (["m.gguf", "--corpus", "no.txt"], r"no.txt cannot be read (No such file"),
+    "an empty corpus": (["m.gguf", "--corpus", "empty.txt"], "empty.txt holds nothing"),
+    "a share": (["m.gguf", "--held-out", "lots"], "--held-out lots must be a share from 0 to below 100%"),
+    "a share of all": (["m.gguf", "--held-out", "100%"], "--held-out 100% must be a share"),
+    "a folder that is absent": (["m.gguf", "--out", "no/p.npz"], "no/p.npz cannot be written (No such file"),
+    "a folder": (["m.gguf", "--out", "."], ". is there already, and is no profile"),
+    "one to merge": (["--merge", "a.npz", "--out", "c.npz"], "--merge names one profile"),
+    "nowhere to merge to": (["--merge", "a.npz", "b.npz"], "--merge takes profiles and --out FILE"),
+    "a model to merge": (["m.gguf", "--merge", "a.npz", "b.npz", "-o", "c"], "and neither a model nor --corpus"),
+    "no profile": (["--merge", "empty.txt=1", "m.gguf", "--out", "c.npz"], "empty.txt is not a profile"),
+    "no weight": (["--merge", "a.npz=x", "b.npz", "--out", "c.npz"], "'x' is no weight; write FILE=WEIGHT"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_is_said_in_one_line(what: str, run: Run, tmp_path: Path) -> None:
+    arguments, message = REFUSED[what]
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.npz").write_bytes(b"")
+    code, out, err = run(*arguments, *(QUICK if "m.gguf" in arguments[:1] else ()))
+    assert code == 2 and out == "" and message in err, err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert not {path.name for path in tmp_path.iterdir()} & {"c.npz", "m.profile.npz", "m.profile.npz.part"}
+
+
+def test_ctrl_c_keeps_what_was_run_and_says_so(run: Run, tmp_path: Path) -> None:
+    write_text(tmp_path / "t.txt", 400_000)
+    arguments = ["m.gguf", *QUICK, "--tokens", "100000", "--corpus", "t.txt"]
+    often = "from edgert import profile_journal; profile_journal._LEAST_S = 0.0"  # else tiny models are done before
+    code = f"{often}; from edgert.cli.main import main; main()"
+    command = [sys.executable, "-W", "ignore", "-c", code, "profile", *arguments]
+    part = tmp_path / "m.profile.npz.part"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while not part.exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == "", err
+    assert "stopped; what was run is kept beside" in err and part.exists()
+    assert not (tmp_path / "m.profile.npz").exists()
+    code, out, err = run(*arguments)
+    assert code == 0 and " more by an earlier run\n" in out and not part.exists(), err
