@@ -77,7 +77,9 @@ def _draw_loss(found: Loss, measured: Proof | None) -> str:
         axes.yaxis.set_minor_formatter("")
         axes.grid(True)
         axes.plot([p.bits for p in curve], [100 * p.increase for p in curve], color=SERIES[0], linewidth=2.4)
-        _name(axes, curve[len(curve) // 3]._replace(name="best mixes"), SERIES[0], left=True)
+        third = len(curve) // 3
+        nearer = found.chosen is None or found.chosen.bits > curve[len(curve) // 2].bits
+        _name(axes, curve[third if nearer else 2 * third]._replace(name="best mixes"), SERIES[0], left=True)
         _draw_single(axes, single)
         if (chosen := found.chosen) is not None and chosen.increase > 0:
             axes.plot(chosen.bits, 100 * chosen.increase, "D", color=INK, markersize=7)

@@ -103,7 +103,7 @@ def _draw_maps(profile: Profile, shares: Mapping[str, Floats]) -> str:
             axes.set_ylabel("" if column else "layer")
             axes.set_xlabel("" if place + n_columns < len(names) else "expert")
         even = 100 * profile.top_k / profile.n_expert
-        ticks = [tick for tick in (0, even / 4, even, 2 * even, 4 * even, 8 * even) if tick <= most]
+        ticks = [tick for tick in (0, even, 4 * even, 16 * even) if tick <= most]
         bar = drawing.bar(image, "tokens that use the expert, %; grey: none", ticks)
         bar.set_ticklabels([f"{tick:.3g}" + " (even)" * (tick == even) for tick in ticks])
         shape = f"{profile.n_expert} experts by {len(profile.layers)} layers"

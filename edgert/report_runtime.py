@@ -119,37 +119,44 @@ def what_memory_gives(subject: Subject, found: Report, machine: Machine) -> tupl
         rates = dict(sorted([*rates.items(), (here, machine.flash)], key=lambda one: one[1]))
     rows = what_if(subject, found, machine, list(rates.values()))
     column = list(rates).index(here)
-    chosen = enough(rows, column)
+    chosen = enough(rows, column, machine.memory)
     flash = f"{here}, {rate(rates[here])}"
-    memory = size(chosen.process_bytes or chosen.buffer_bytes)
+    memory = size(chosen.bytes)
     where = "--memory" if chosen.process_bytes else "for experts alone"
     expected = f"{speed(chosen.tokens_per_s[column])} tok/s"
     facts = [
         Fact("Suggested memory", memory, f"{where}; it holds {per_cent(chosen.residency)} of the experts", "speed"),
         Fact("Expected speed", expected, f"with that and {flash}", "speed"),
     ]
-    says = _about_speed(chosen, rows[-1], column, memory if chosen.process_bytes else f"{memory} for them", flash)
+    says = _about_speed(rows, chosen, column, machine, flash)
     table = _speed_table(rows, rates, rows.index(chosen))
     figure, note = _draw_speed(rows, rates, here), _assumptions(subject, machine)
     return Section("speed", "How fast it will answer", says, figure, note, tables=[table]), facts
 
 
-def _about_speed(chosen: Row, last: Row, column: int, memory: str, flash: str) -> str:
-    whole, part = (speed(row.tokens_per_s[column]) for row in (last, chosen))
-    if chosen is last:
+def _about_speed(rows: Sequence[Row], chosen: Row, column: int, machine: Machine, flash: str) -> str:
+    memory = size(chosen.bytes) if chosen.process_bytes else f"{size(chosen.bytes)} for experts"
+    whole, part = (speed(row.tokens_per_s[column]) for row in (rows[-1], chosen))
+    if chosen is rows[-1]:
         return (
             f"With all experts in RAM, {memory}, expect {whole} tokens a second; holding only as many as give "
             f"{100 * WORTH:.0f} % of that, the others on {flash}, would take hardly less."
         )
-    return (
-        f"With experts on {flash}, the least of these sizes that gives {100 * WORTH:.0f} % of the speed with all "
-        f"of them in RAM is {memory}: {part} of {whole} tokens a second, {per_cent(chosen.hit_rate)} of the experts "
-        f"found, {size(chosen.read_bytes)} read a token."
+    found = (
+        f"{part} of the {whole} tokens a second that all experts in RAM would give, {per_cent(chosen.hit_rate)} of the "
+        f"experts found, {size(chosen.read_bytes)} read a token."
     )
+    if chosen.tokens_per_s[column] < WORTH * rows[-1].tokens_per_s[column]:
+        return (
+            f"This machine can spare {size(machine.memory or 0)}. With experts on {flash}, {memory} gives {found} The "
+            "table says what more memory or faster flash would give."
+        )
+    worth = f"the least of these sizes that gives {100 * WORTH:.0f} % of the full speed"
+    return f"With experts on {flash}, {worth} is {memory}: {found}"
 
 
 def _speed_table(rows: Sequence[Row], rates: Mapping[str, float], marked: int) -> Table:
-    header = ["experts in RAM", "their bytes", "--memory", "policy", "found in RAM", "read a token"]
+    header = ["experts in RAM", "their bytes", "memory in all", "policy", "found in RAM", "read a token"]
     header += [f"{name}, {rate(one)}" for name, one in rates.items()]
     cells = [
         [
@@ -173,7 +180,11 @@ def _assumptions(subject: Subject, machine: Machine) -> str:
         hot = f"hot weights are {size(subject.needs.hot)}"
         if subject.bundle is None:
             hot += ", estimated with as many bits each as the experts have, at most 8"
-    context = f" `--memory` is for a context of {subject.needs.context:,} tokens." if subject.needs is not None else ""
+    context = (
+        f" Memory in all, which is what `--memory` takes, is for a context of {subject.needs.context:,} tokens."
+        if subject.needs is not None
+        else ""
+    )
     drive = "" if machine.flash is not None else " How fast this drive is was never measured: run `edgert doctor`."
     return (
         "An estimate, for tokens that are generated one by one after a short prompt. Arithmetic takes as long as "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgert.experts.replay import Hits, Report
 from edgert.experts.speed_allocation import Tier
-from edgert.memory import available
+from edgert.memory import available, budget_for
 from edgert.quant import jit
 from edgert.report_subject import Subject
 from edgert.storage.flash_settings import flash_settings
@@ -26,18 +26,20 @@ _UNMEASURED_RAM, _MEASURED_BYTES, _LEAST_FREE = 10e9, 256 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in bytes a second; flash None: never measured here."""
+    """Rates in bytes a second; flash None: never measured here. memory: bytes that a model may take; None: any."""
 
     ram: float
     flash: float | None
     ram_measured: bool = True
+    memory: int | None = None
 
 
 def this_machine(path: Path, record_bytes: int) -> Machine:
     """The machine that this runs on; how fast its flash is at records of a size is known only from `edgert doctor`."""
-    settings = flash_settings(path, record_bytes)
+    settings, memory = flash_settings(path, record_bytes), budget_for(None).n_bytes
     ram = _memory_rate()
-    return Machine(ram or _UNMEASURED_RAM, settings.bytes_per_s if settings.measured else None, ram is not None)
+    flash = settings.bytes_per_s if settings.measured else None
+    return Machine(ram or _UNMEASURED_RAM, flash, ram is not None, memory)
 
 
 def _memory_rate() -> float | None:
@@ -68,6 +70,11 @@ class Row:
     hit_rate: float
     read_bytes: float
     tokens_per_s: tuple[float, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the process, or of the buffer where that is unknown."""
+        return self.process_bytes or self.buffer_bytes
 
 
 def compute_seconds(subject: Subject, machine: Machine) -> float:
@@ -102,8 +109,12 @@ def _process_bytes(subject: Subject, slots: int) -> int | None:
     return None if needed is None else needed.plan(min(needed.work), slots).total
 
 
-def enough(rows: list[Row], column: int) -> Row:
-    """The smallest buffer that gives WORTH of the speed of the last row, or the last where that takes hardly more."""
-    least = next(row for row in rows if row.tokens_per_s[column] >= WORTH * rows[-1].tokens_per_s[column])
-    small, all_bytes = (row.process_bytes or row.buffer_bytes for row in (least, rows[-1]))
-    return rows[-1] if all_bytes <= HARDLY_MORE * small else least
+def enough(rows: Sequence[Row], column: int, memory: int | None) -> Row:
+    """The smallest buffer that gives WORTH of the speed of the last row, or the last where that takes hardly more.
+
+    Where `memory` is too small for it, the largest that fits, or the smallest there is.
+    """
+    fitting = [row for row in rows if memory is None or row.bytes <= memory] or rows[:1]
+    worth = [row for row in fitting if row.tokens_per_s[column] >= WORTH * rows[-1].tokens_per_s[column]]
+    least = worth[0] if worth else fitting[-1]
+    return rows[-1] if rows[-1] in fitting and rows[-1].bytes <= HARDLY_MORE * least.bytes else least

@@ -109,8 +109,9 @@ def _of_bundle(path: Path) -> Subject:
             )
         profile = _load(file)
         config = read_config(bundle.metadata, str(path))
-        key, digest = model_key(bundle.metadata, config), bundle.manifest.model.get("digest", profile.digest)
-        if (profile.model, profile.digest) != (key, digest) or profile.record_bytes.shape != bundle.record_bytes.shape:
+        key, digest = model_key(bundle.metadata, config), bundle.manifest.model.get("digest")
+        same = profile.model == key if digest is None else profile.digest == digest
+        if not same or profile.record_bytes.shape != bundle.record_bytes.shape:
             raise ModelFileError(
                 f"{file}: it is the profile of another model, {profile.model[:60]!r}, not of {key[:60]!r} as it was "
                 "packed; make one with `edgert profile` and pack the model again"

@@ -28,7 +28,8 @@ from edgert.proof import Proof, Score
 from edgert.quant.formats import FORMATS
 from edgert.report import default_out, render, write_report
 from edgert.report_loss import loss_curve
-from edgert.report_numbers import sampled
+from edgert.report_numbers import replayed, sampled
+from edgert.report_runtime import what_memory_gives
 from edgert.report_speed import ARITHMETIC_SHARE, Machine, Row, enough
 from edgert.report_subject import Subject, config_of, open_subject
 from edgert.report_svg import spread
@@ -291,11 +292,27 @@ def test_replayed_rates_and_speeds_say_what_replay_says(page: str) -> None:
     )
 
 
-def test_the_memory_suggested_is_the_least_worth_having_unless_all_takes_hardly_more() -> None:
+def test_the_memory_suggested_is_the_least_worth_having_that_fits() -> None:
     rows = [Row(share, int(100 * share), None, "lru", share, 0.0, (10 * share,)) for share in (0.25, 0.5, 0.875, 1.0)]
-    assert enough(rows, 0) is rows[2]
+    assert enough(rows, 0, None) is rows[2] and enough(rows, 0, 87) is rows[2]
+    assert enough(rows, 0, 86) is rows[1] and enough(rows, 0, 1) is rows[0]  # all that fits, if it is not worth it
     with_process = [replace(row, process_bytes=1000 + row.buffer_bytes) for row in rows]
-    assert enough(with_process, 0) is with_process[3]
+    assert enough(with_process, 0, None) is with_process[3]  # hardly more
+    assert enough(with_process, 0, 1099) is with_process[2]
+
+
+def test_what_is_said_of_speed_fits_the_machine() -> None:
+    pytest.importorskip("matplotlib")
+    profile = made_profile(sensitivity=False)
+    found = replayed(profile, profile.record_bytes, lambda stage, fraction: None)
+    for machine, words in (
+        (Machine(ram=1e6, flash=1e9), "the least of these sizes that gives 80 % of the full speed is"),
+        (Machine(ram=10e9, flash=1e9, memory=60_000), "This machine can spare 58.6 KiB."),
+        (Machine(ram=10e9, flash=None), "With all experts in RAM, 192.0 KiB for experts, expect"),
+    ):
+        section, facts = what_memory_gives(subject_of(profile), found, machine)
+        assert words in section.says and facts[0].section == section.name
+        assert ("on NVMe, 2.0 GB/s" if machine.flash is None else "on this drive, 1.0 GB/s") in section.says
 
 
 def test_recall_is_the_mean_over_layers_where_there_is_a_guess(page: str) -> None:
@@ -407,6 +424,8 @@ def test_a_profile_of_another_model_is_refused(packed: Path, tmp_path: Path) -> 
     with pytest.raises(ModelFileError, match="profile of another model, 'made', not of"):
         open_subject(bundle)
     profile = open_subject(packed).profile
+    replace(profile, model="renamed").save(bundle / "profile.npz")
+    assert open_subject(bundle).profile.digest == profile.digest
     replace(profile, digest="other weights").save(bundle / "profile.npz")
     with pytest.raises(ModelFileError, match="profile of another model"):
         open_subject(bundle)

@@ -25,7 +25,8 @@ Out = Annotated[
 def report(subject: Subject, out: Out = None, *, chosen: Chosen) -> None:
     """Write one HTML page on a model's experts: which are used, how well they are kept and guessed, bits, speed.
 
-    The page is complete in itself and opens without a network. Takes up to a minute; needs matplotlib.
+    The page is complete in itself and opens without a network. Takes half a minute for a small model, minutes for a
+    large one; needs matplotlib.
     """
     with output.progress("reading the profile") as progress:
         from edgert.report import write_report
