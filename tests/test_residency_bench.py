@@ -78,7 +78,8 @@ def test_a_model_that_does_not_fit_whole_leaves_its_line_out(bundle: Path) -> No
     assert half.report is not None
     for result in half.report.results:
         assert result.experts is not None and result.experts.resident_s is None and result.experts.belady is not None
-        assert result.experts.compute_s < result.experts.seconds / result.experts.n_tokens
+        per_token = result.experts.seconds / result.experts.n_tokens
+        assert result.experts.compute_s <= per_token * (1 + 1e-9)  # equal where nothing was waited for
     with pytest.raises(MemoryLimitError):
         measure_curve([0.01], ["lru"], measure)
 
