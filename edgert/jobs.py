@@ -154,9 +154,11 @@ def _cluster(address: str) -> Iterator[_Place]:
         config, distributed = (importlib.import_module(name) for name in ("dask.config", "distributed"))
     except ImportError as error:
         raise OptionError(f"--dask needs Dask ({error}); install it with: pip install 'edgert[cluster]'") from error
+    client = distributed.Client.__new__(distributed.Client)  # in hand also when connecting fails
     try:
-        client = distributed.Client(address, timeout=_CONNECT_S, set_as_default=False)
+        client.__init__(address, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError, distributed.TimeoutError) as error:
+        client.close()  # else the garbage collector does, maybe in a thread that starts under the lock closing takes
         raise OptionError(
             f"--dask {address!r}: no scheduler answers there ({_line(error)}); give the address of one that runs, "
             "tcp://HOST:PORT"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -219,32 +220,24 @@ def test_a_job_that_kills_every_worker_of_a_cluster_is_named(cluster: str) -> No
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense://here", "no host"])
 def test_an_address_without_scheduler_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    pytest.importorskip("distributed", reason="Dask is not installed: pip install 'edgert[cluster]'")
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'edgert[cluster]'")
     monkeypatch.setattr("edgert.jobs._CONNECT_S", 0.5)
     with pytest.raises(OptionError, match=f"--dask '{address}': no scheduler answers there"):
         list(run_jobs(square, [1], dask=address))
-
-
-def empty_cluster() -> Any:
-    """A scheduler without workers; its event loop has ten seconds to start, which a busy machine may take."""
-    import distributed
-
-    for _ in range(4):
-        try:
-            return distributed.LocalCluster(n_workers=0, dashboard_address=":0")
-        except AssertionError:
-            continue
-    return distributed.LocalCluster(n_workers=0, dashboard_address=":0")
+    clients = [client for client in gc.get_objects() if type(client) is distributed.Client]
+    assert not [client for client in clients if client.status == "connecting"]  # which would be closed at any time
 
 
 def test_a_cluster_with_another_edgert_or_without_workers_is_refused(
     cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import distributed
+
     with monkeypatch.context() as patch:
         patch.setattr("edgert.jobs._PACKAGES", ("edgert",))  # here alone: the workers import the file as it is
         with pytest.raises(JobError, match=r"2 workers, tcp://.* one of them, run another edgert"):
             list(run_jobs(square, [1], dask=cluster))
     monkeypatch.setattr("edgert.jobs._PATIENCE_S", 0.3)
-    with empty_cluster() as empty:
+    with distributed.LocalCluster(n_workers=0, dashboard_address=":0") as empty:
         with pytest.raises(JobError, match="has no worker; start some"):
             list(run_jobs(square, [1], dask=empty.scheduler_address))
