@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgert.quant.formats import Format, Matrix
+from edgert.quant.formats import FORMATS, Format, Matrix
 from edgert.quant.quantisers import Inputs, quantise
+from edgert.quant.quantisers_inputs import half_products
 from edgert.quant.reference import GELU_CUBE, GELU_SCALE, OSS_ALPHA, OSS_LIMIT
 from edgert.types import Floats, Ids
 
 _ERROR_ROWS = 512  # most rows on which the error of an expert's output is measured
+_FEWEST_KEPT = 32  # rows, to be kept back from the quantiser for that
+_PROBE, _POWERS = FORMATS["int3"], (0.0, 0.125, 0.25, 0.5)
 
 
 class ExpertQuantised(NamedTuple):
@@ -37,28 +40,67 @@ def quantise_expert(
 ) -> ExpertQuantised:
     """Quantise gate, up (d_expert, d_model) and down (d_model, d_expert) to the formats given in this order.
 
-    None leaves a projection as it is.
-
-    states (n_tokens, d_model): the expert's inputs; importance (n_tokens,): what its output is multiplied by; both may
-    be empty. Raises what `quantise` raises.
+    None leaves a projection as it is. With gptq, down also makes good what it can of the errors of gate and up; with
+    awq, down's columns are scaled and up's rows take the inverse: so the matrices belong together. states (n_tokens,
+    d_model): the expert's inputs; importance (n_tokens,): what its output is multiplied by; both may be empty. Raises
+    what `quantise` raises.
     """
     hidden = _hidden(gate, up, states, activation)
-    seen, made = _inputs(states, importance), _inputs(hidden, importance)
-    matrices = tuple(
-        None if format is None else quantise(weights, format, quantiser, inputs).matrix
-        for weights, format, inputs in zip((gate, up, down), formats, (seen, seen, made), strict=True)
-    )
-    floats = [
-        weights if matrix is None else matrix.to_float()
-        for weights, matrix in zip((gate, up, down), matrices, strict=True)
-    ]
+    if quantiser == "awq" and formats[1] and formats[2]:
+        up, down, hidden = _balanced(up, down, hidden, importance, activation)
+    seen, weights = _inputs(states, importance), [gate, up, down]
+    matrices: list[Matrix | None] = []
+    for place, format in enumerate(formats):
+        inputs = seen
+        if place == 2:
+            inputs = _inputs(hidden, importance)
+            if quantiser == "gptq" and inputs.is_enough and any(matrices):
+                made = _hidden(weights[0], weights[1], states, activation)
+                inputs = _inputs(made, importance)
+                weights[2] = _compensating(down, hidden, made, importance, inputs)
+        matrix = None if format is None else quantise(weights[place], format, quantiser, inputs).matrix
+        weights[place] = (gate, up, down)[place] if matrix is None else matrix.to_float()
+        matrices.append(matrix)
     error = 0.0
     if len(states):
         rows = _spread(len(states))
-        target = hidden[rows] @ down.T
-        output = _hidden(floats[0], floats[1], states[rows], activation) @ floats[2].T
-        error = _mean_error(target - output, importance[rows])
-    return ExpertQuantised(matrices, error)
+        output = _hidden(weights[0], weights[1], states[rows], activation) @ weights[2].T
+        error = _mean_error(hidden[rows] @ down.T - output, importance[rows])
+    return ExpertQuantised(tuple(matrices), error)
+
+
+def _balanced(
+    up: Floats, down: Floats, hidden: Floats, importance: Floats, activation: str
+) -> tuple[Floats, Floats, Floats]:
+    """up, down and what up makes, with down's columns scaled by a power of what they multiply (AWQ, arXiv 2306.00978).
+
+    That power is taken which leaves least error at 3 bits; what gate and up multiply cannot be scaled for one expert.
+    """
+    inputs = _inputs(hidden, importance)
+    if activation == "swiglu-oss" or not inputs.is_enough:  # its up + 1 cannot be scaled
+        return up, down, hidden
+    size = np.sqrt(np.diagonal(inputs.shrunk))
+    scales = [((size / np.exp(np.mean(np.log(size)))) ** power).astype(np.float32) for power in _POWERS]
+    best = min(scales, key=lambda s: quantise(down * s, _PROBE, "awq", Inputs(hidden / s, importance)).error)
+    return up / best[:, None], down * best, hidden / best
+
+
+def _compensating(down: Floats, hidden: Floats, made: Floats, importance: Floats, inputs: Inputs) -> Floats:
+    """The down projection with which the rows `made` give most nearly what the rows `hidden` give with `down`.
+
+    hidden, made (n_tokens, d_expert); inputs: of made. Least squares: down (1 + C S^-1), where C is the mean of
+    (hidden - made) made' and S that of made made'. As much of it is taken as serves rows that it was not found on.
+    """
+    missing = half_products(hidden - made, made, importance)
+    inverse, square = np.linalg.inv(inputs.shrunk.astype(np.float64)), (down.T @ down).astype(np.float64)
+    gain, cost = 0.0, 0.0
+    for mine, others, moments in zip(missing, missing[::-1], inputs.halves[::-1], strict=True):
+        found = mine @ inverse / (inputs.n_tokens / 2)
+        gain += float(np.sum((square @ others) * found))
+        cost += float(np.sum((square @ found @ moments) * found))
+    share = min(max(gain / cost, 0.0), 1.0) if cost > 0 else 0.0
+    found = (missing[0] + missing[1]) @ inverse / inputs.n_tokens
+    return (down + share * (down @ found)).astype(np.float32)
 
 
 def option_errors(
@@ -74,15 +116,18 @@ def option_errors(
     """What each format costs each projection, float32 (3, n_formats), the other two projections left as they are.
 
     The error is the mean over (at most 512 of) the expert's rows of importance**2 * the squared error of its output,
-    summed over the output. Infinite where a projection's columns do not fit a format, zero where there are no rows.
+    summed over the output; over rows kept back from the quantiser, where there are enough, as it errs up to four times
+    less on its own. Infinite where a projection's columns do not fit a format, zero where there are no rows.
     """
     errors = np.zeros((3, len(formats)), np.float32)
     if not len(states):
         return errors
-    rows = _spread(len(states))
     hidden = _hidden(gate, up, states, activation)
-    seen, made = _inputs(states, importance), _inputs(hidden, importance)
-    few, weight = states[rows].astype(np.float32), importance[rows]
+    if quantiser == "awq":
+        up, down, hidden = _balanced(up, down, hidden, importance, activation)
+    fitted, kept = _parted(len(states))
+    seen, made = (Inputs(rows[fitted], importance[fitted]) for rows in (states, hidden))
+    few, target, weight = states[kept].astype(np.float32), hidden[kept], importance[kept]
     gates, ups = few @ gate.T, few @ up.T  # (n_rows, d_expert)
     for option, format in enumerate(formats):
         for projection, (weights, inputs) in enumerate(((gate, seen), (up, seen), (down, made))):
@@ -91,13 +136,23 @@ def option_errors(
                 continue
             found = quantise(weights, format, quantiser, inputs).matrix.to_float()
             if projection == 2:
-                difference = hidden[rows] @ (down - found).T
+                difference = target @ (down - found).T
             elif projection == 1:
-                difference = (hidden[rows] - _activate(gates, few @ found.T, activation)) @ down.T
+                difference = (target - _activate(gates, few @ found.T, activation)) @ down.T
             else:
-                difference = (hidden[rows] - _activate(few @ found.T, ups, activation)) @ down.T
+                difference = (target - _activate(few @ found.T, ups, activation)) @ down.T
             errors[projection, option] = _mean_error(difference, weight)
     return errors
+
+
+def _parted(n_rows: int) -> tuple[Ids, Ids]:
+    """Rows for the quantiser, and at most 512 to measure on: of every fourth sixteenth, or, of few, of all."""
+    rows = np.arange(n_rows)
+    is_kept = rows * 16 // n_rows % 4 == 1
+    if np.count_nonzero(is_kept) < _FEWEST_KEPT:
+        return rows, rows[_spread(n_rows)]
+    kept = rows[is_kept]
+    return rows[~is_kept], kept[_spread(len(kept))]
 
 
 def _hidden(gate: Floats, up: Floats, states: Floats, activation: str) -> Floats:

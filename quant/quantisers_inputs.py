@@ -1,4 +1,4 @@
-"""What a matrix multiplies, as its quantiser wants it: moments, Hessian, damping, and factors for error feedback.
+"""What a matrix multiplies, as its quantiser wants it: moments, Hessian, and factors for error feedback.
 
 Everything is computed when it is first asked for, kept, and shared by all formats that are tried.
 """
@@ -6,7 +6,6 @@ Everything is computed when it is first asked for, kept, and shared by all forma
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +15,9 @@ from edgert.types import Floats, Ids
 
 Doubles = npt.NDArray[np.float64]
 _SLAB = 1024  # rows that are multiplied at a time
-_PARTS = 8  # runs of rows, every other of which judges a damping
-_DAMPINGS = (0.001, 0.01, 0.1, 0.3, 1.0)  # shares of the mean of the Hessian's diagonal
-_FIRST_TRIED = 2
-_FEWEST_ROWS = 64  # below, a Hessian says less than its diagonal
+_PARTS = 8  # runs of rows, of which every other makes one half
+_FLOOR = 1e-4  # of the mean of the Hessian's diagonal, added to it
+_FEWEST_ROWS = 32  # below, a Hessian says no more than its diagonal
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,16 @@ class Feedback:
     """How errors of one group of columns are made good by later ones, groups of one width.
 
     columns (n_in,): the order of treatment, group by group; groups (n_groups,): the same of groups. hessian (n_in,
-    n_in): damped, in that order; blocks (n_groups, n, n): Cholesky factors of its diagonal blocks; metrics and lowers
-    (n_groups, n, n): what an error in a group costs once all later columns have made good what they can, and its
-    Cholesky factors; shares (n_in, n_in): what later columns take of a group's errors.
+    n_in): shrunk, in that order; blocks and block_lowers (n_groups, n, n): its diagonal blocks and their Cholesky
+    factors; metrics and lowers: the same of what an error costs once all later columns have made good what they can;
+    shares (n_in, n_in): what later columns take of a group's errors.
     """
 
     columns: Ids
     groups: Ids
     hessian: Floats
     blocks: Floats
+    block_lowers: Floats
     metrics: Floats
     lowers: Floats
     shares: Floats
@@ -68,100 +67,82 @@ class Inputs:
 
     @functools.cached_property
     def _hessian(self) -> Floats:
-        first, second = self._halves
+        first, second = self.halves
         return ((first + second) / self.n_tokens).astype(np.float32)
 
     @functools.cached_property
-    def _halves(self) -> tuple[Doubles, Doubles]:
-        """Sums of x x' over every other eighth of the rows, and over the others: neighbours are of one text."""
+    def halves(self) -> tuple[Doubles, Doubles]:
+        """Sums of x x' over every other eighth of the rows, and over the others; see `half_products`."""
         assert self._rows is not None
-        halves = [np.zeros((self._rows.shape[1],) * 2), np.zeros((self._rows.shape[1],) * 2)]
-        for part in range(_PARTS):
-            for slab in self._slabs(part * self.n_tokens // _PARTS, (part + 1) * self.n_tokens // _PARTS):
-                halves[part % 2] += slab.T @ slab
-        return halves[0], halves[1]
-
-    def _slabs(self, first: int, end: int) -> Iterator[Floats]:
-        """The rows times their importance, some at a time."""
-        assert self._rows is not None
-        for start in range(first, end, _SLAB):
-            slab = self._rows[start : min(start + _SLAB, end)].astype(np.float32)
-            if self._importance is not None:
-                slab *= self._importance[start : min(start + _SLAB, end), None]
-            yield slab
+        return half_products(self._rows, self._rows, self._importance)
 
     @functools.cached_property
-    def damping(self) -> float:
-        """The share of the mean diagonal that, added to the Hessian of half the rows, serves the other half best."""
-        if not self.is_enough:
-            return _DAMPINGS[-1]
-        seen, unseen = self._halves
-        at, tried = _FIRST_TRIED, {}
+    def shrunk(self) -> Floats:
+        """The Hessian that is to be expected of rows not seen, float32 (n_in, n_in), positive definite.
 
-        def cost(number: int) -> float:
-            if number not in tried:
-                damped = _damp(seen, _DAMPINGS[number])
-                tried[number] = _expected_error(damped, unseen)
-            return tried[number]
-
-        while True:
-            near = [number for number in (at - 1, at, at + 1) if 0 <= number < len(_DAMPINGS)]
-            best = min(near, key=cost)
-            if best == at:
-                return _DAMPINGS[at]
-            at = best
-
-    @functools.cached_property
-    def damped(self) -> Floats:
-        """The Hessian with damping, float32 (n_in, n_in)."""
-        return _damp(self.hessian().astype(np.float64), self.damping).astype(np.float32)
+        Small eigenvalues of a Hessian of few rows are too small, and error feedback would run into them. So each half
+        of the rows gives directions, the other half the mean squares along them, and both ways are averaged (Lam 2016,
+        "Nonparametric eigenvalue-regularized precision or covariance matrix estimator"). Needs no damping.
+        """
+        total = np.zeros((len(self.moments),) * 2)
+        if self.is_enough:
+            for seen, unseen in (self.halves, self.halves[::-1]):
+                _, directions = np.linalg.eigh(seen)
+                along = np.sum(directions * (unseen @ directions), axis=0)
+                total += (directions * along) @ directions.T
+            total *= 1 / self.n_tokens
+        else:
+            total[np.diag_indices(len(total))] = self.moments
+        mean = float(np.mean(np.diagonal(total)))
+        total[np.diag_indices(len(total))] += _FLOOR * mean if mean > 0 else 1.0
+        return total.astype(np.float32)
 
     def feedback(self, width: int) -> Feedback:
         """How errors are fed back between groups of so many columns."""
         if width not in self._feedback:
-            self._feedback[width] = _feedback(self.damped, width)
+            self._feedback[width] = _feedback(self.shrunk, width)
         return self._feedback[width]
 
 
-def _damp(hessian: Doubles, share: float) -> Doubles:
-    damped, mean = hessian.copy(), float(np.mean(np.diagonal(hessian)))
-    damped[np.diag_indices(len(hessian))] += share * mean if mean > 0 else 1.0
-    return damped
+def half_products(first: Floats, second: Floats, importance: Floats | None) -> tuple[Doubles, Doubles]:
+    """Sums of importance**2 * x y' over every other eighth of the rows, and over the others; x of first, y of second.
+
+    first (n, n_first), second (n, n_second), importance (n,) or None. Neighbours are of one text: they stay together.
+    """
+    n, sums = len(first), np.zeros((2, first.shape[1], second.shape[1]))
+    for part in range(_PARTS):
+        end = (part + 1) * n // _PARTS
+        for start in range(part * n // _PARTS, end, _SLAB):
+            rows = slice(start, min(start + _SLAB, end))
+            x, y = first[rows].astype(np.float32, copy=False), second[rows].astype(np.float32, copy=False)
+            if importance is not None:
+                x = x * np.square(importance[rows, None])
+            sums[part % 2] += x.T @ y
+    return sums[0], sums[1]
 
 
 def _factor(hessian: Doubles) -> Doubles:
-    """The upper Cholesky factor of the inverse of a damped Hessian."""
+    """The upper Cholesky factor of the inverse of a Hessian."""
     inverse = np.linalg.inv(hessian)
     return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
 
 
-def _expected_error(damped: Doubles, other: Doubles) -> float:
-    """What rounding under a damped Hessian costs under another, but for a factor.
-
-    Column j is rounded with an error e_j, evenly spread whatever came before, and its later columns then take the share
-    U[j] / U[j, j] of it (U: see _factor): the weights' error is the sum of e_j U[j] / U[j, j].
-    """
-    order = np.argsort(-np.diagonal(damped), kind="stable")
-    factor = _factor(damped[np.ix_(order, order)])
-    factor /= np.diagonal(factor)[:, None]
-    return float(np.sum((factor @ other[np.ix_(order, order)]) * factor))
-
-
-def _feedback(damped: Floats, width: int) -> Feedback:
+def _feedback(expected: Floats, width: int) -> Feedback:
     """Groups in falling order of their diagonal; within each the columns rise, as they are rounded last to first."""
-    diagonal = np.diagonal(damped).reshape(-1, width)
+    diagonal = np.diagonal(expected).reshape(-1, width)
     groups = np.argsort(-diagonal.sum(axis=1), kind="stable")
     within = np.argsort(diagonal[groups], axis=1, kind="stable")
     columns = (groups[:, None] * width + within).ravel()
-    hessian = np.ascontiguousarray(damped[np.ix_(columns, columns)])
+    hessian = np.ascontiguousarray(expected[np.ix_(columns, columns)])
     factor, n_groups = _factor(hessian.astype(np.float64)), len(groups)
-    blocks, metrics, lowers = (np.empty((n_groups, width, width), np.float32) for _ in range(3))
+    blocks, block_lowers, metrics, lowers = (np.empty((n_groups, width, width), np.float32) for _ in range(4))
     shares = np.zeros_like(hessian)
     for number in range(n_groups):
         part, later = slice(number * width, (number + 1) * width), slice((number + 1) * width, None)
         inverse = np.linalg.inv(factor[part, part])
         metric = inverse @ inverse.T
         metrics[number], lowers[number] = metric, np.linalg.cholesky((metric + metric.T) / 2)
-        blocks[number] = np.linalg.cholesky(hessian[part, part].astype(np.float64))
+        blocks[number] = hessian[part, part]
+        block_lowers[number] = np.linalg.cholesky(hessian[part, part].astype(np.float64))
         shares[part, later] = inverse @ factor[part, later]
-    return Feedback(columns, groups, hessian, blocks, metrics, lowers, shares)
+    return Feedback(columns, groups, hessian, blocks, block_lowers, metrics, lowers, shares)

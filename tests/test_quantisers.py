@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -18,19 +20,26 @@ INTEGER = [format for format in FORMATS.values() if format.is_integer]
 def rows(n: int, n_in: int, seed: int = 1) -> Floats:
     """Correlated inputs with a few strong columns, as a norm leaves them."""
     random = np.random.default_rng(seed)
-    mixed = random.standard_normal((n, n_in)) @ random.standard_normal((n_in, n_in)) / np.sqrt(n_in)
-    return (mixed * np.exp(random.standard_normal(n_in))).astype(np.float32)
+    mixing = random.standard_normal((n_in, n_in)) / np.sqrt(n_in) * np.exp(random.standard_normal(n_in))
+    return (random.standard_normal((n, n_in)) @ mixing).astype(np.float32)
 
 
 def weights(n_out: int, n_in: int, seed: int = 2) -> Floats:
     return (np.random.default_rng(seed).standard_normal((n_out, n_in)) * 0.02).astype(np.float32)
 
 
+@functools.cache
+def inputs_of(n: int, n_in: int) -> tuple[Floats, Inputs]:
+    """Rows, and what quantisers know of them, shared as quantisers share it."""
+    x = rows(n, n_in)
+    return x, Inputs(x)
+
+
 @pytest.mark.parametrize("quantiser", QUANTISERS)
 @pytest.mark.parametrize("format", INTEGER, ids=lambda format: format.name)
 def test_every_format_is_stored_as_it_was_measured(format: Format, quantiser: str) -> None:
-    x, w = rows(300, 256), weights(5, 256)
-    found = quantise(w, format, quantiser, Inputs(x))
+    (x, inputs), w = inputs_of(300, 256), weights(5, 256)
+    found = quantise(w, format, quantiser, inputs)
     matrix = found.matrix
     assert found.quantiser == quantiser and matrix.format is format and matrix.shape == w.shape
     assert matrix.values.dtype == np.uint8 and int(matrix.values.max()) < 1 << format.bits and matrix.not_finite() == -1
@@ -50,6 +59,43 @@ def test_stronger_quantisers_err_less(name: str) -> None:
         errors[quantiser] = np.mean(np.square((w - found) @ fresh.T))  # rows that were not seen
     assert errors["gptq"] < 0.8 * errors["hqq"] < errors["rtn"]
     assert errors["awq"] < errors["rtn"]
+
+
+def plain_gptq(w: Floats, hessian: Floats, group: int, bits: int) -> Floats:
+    """Algorithm 1 of arXiv 2210.17323, column by column, with the scales of round-to-nearest."""
+    factor = np.linalg.cholesky(np.linalg.inv(hessian.astype(np.float64))).T
+    rest, made = w.astype(np.float64), np.empty_like(w)
+    for j in range(w.shape[1]):
+        if j % group == 0:
+            part = rest[:, j : j + group]
+            extreme = np.take_along_axis(part, np.abs(part).argmax(axis=1)[:, None], axis=1)[:, 0]
+            scale = (extreme / -(1 << bits - 1)).astype(np.float16).astype(np.float64)
+        made[:, j] = scale * np.clip(np.rint(rest[:, j] / scale), -(1 << bits - 1), (1 << bits - 1) - 1)
+        rest[:, j + 1 :] -= np.outer((rest[:, j] - made[:, j]) / factor[j, j], factor[j, j + 1 :])
+    return made
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_errors_are_fed_back_at_least_as_well_as_by_the_published_algorithm(bits: int) -> None:
+    (_, inputs), w = inputs_of(3000, 128), weights(16, 128)
+
+    def cost(made: Floats) -> float:
+        return float(np.sum((w - made) @ inputs.shrunk * (w - made)))
+
+    found = quantise(w, FORMATS[f"int{bits}-g64"], "gptq", inputs).matrix.to_float()
+    assert cost(found) < 0.9 * cost(plain_gptq(w, inputs.shrunk, 64, bits))
+
+
+def test_few_rows_promise_no_more_than_unseen_ones_keep() -> None:
+    """Along its smallest eigenvectors a Hessian of few rows is far too small; what is used errs upwards."""
+    x = rows(20000, 128)
+    truth, few = Inputs(x[200:]).hessian(), Inputs(x[:200])
+    shares = []
+    for hessian in (few.hessian(), few.shrunk):
+        _, directions = np.linalg.eigh(hessian)
+        promised, kept = (np.sum(directions * (h @ directions), axis=0)[:64].sum() for h in (hessian, truth))
+        shares.append(promised / kept)
+    assert shares[0] < 0.5 and 0.9 < shares[1] < 2.5, shares
 
 
 def test_without_inputs_the_weights_decide() -> None:
@@ -126,6 +172,28 @@ def test_an_expert_and_what_each_projection_costs(activation: str) -> None:
     difference = activate(x @ gate.T, x @ up.T, activation) @ down.T - activate(x @ g.T, x @ u.T, activation) @ d.T
     measured = np.sum(np.square(difference[chosen]), axis=1) @ np.square(importance[chosen]) / 512
     assert found.error == pytest.approx(measured, rel=1e-3)
+
+
+def test_down_makes_good_what_gate_and_up_miss() -> None:
+    gate, up, down, x, importance = expert()
+    fresh = rows(2400, 64)[700:]  # of the same mixture
+    target = activate(fresh @ gate.T, fresh @ up.T, "silu") @ down.T
+    found = quantise_expert(gate, up, down, [FORMATS[n] for n in ("int2", "int2", "int8")], "gptq", x, importance)
+    g, u, d = (matrix.to_float() for matrix in found.matrices if matrix)
+    alone = quantise(down, FORMATS["int8"], "gptq", Inputs(activate(x @ gate.T, x @ up.T, "silu"))).matrix.to_float()
+    made = activate(fresh @ g.T, fresh @ u.T, "silu")
+    assert np.square(target - made @ d.T).mean() < 0.95 * np.square(target - made @ alone.T).mean()
+
+
+def test_awq_scales_columns_of_down_where_up_can_take_the_inverse() -> None:
+    gate, up, down, x, importance = expert()
+    up[3] *= 50  # what it makes weighs most
+    formats = [FORMATS[name] for name in ("int8", "int8", "int3")]
+    found = quantise_expert(gate, up, down, formats, "awq", x, importance)
+    scaled = found.matrices[1]
+    assert scaled is not None and np.abs(scaled.to_float()[3]).max() < 0.9 * np.abs(up[3]).max()
+    fixed = quantise_expert(gate, up, down, [None, None, formats[2]], "awq", x, importance)
+    assert fixed.matrices[:2] == (None, None) and found.error < fixed.error
 
 
 def test_an_expert_that_nothing_is_routed_to() -> None:
