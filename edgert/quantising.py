@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -209,21 +209,25 @@ def make_tiles(bench: Bench, weights: Weights, states: States, bits: Bits, store
     """Quantise what `bits` chooses and the store has not yet."""
     missing: list[tuple[int, int, tuple[str, ...]]] = []
     for layer, expert in np.argwhere((bits.choice >= 0).any(axis=2)).tolist():
-        names = tuple(
-            "" if format is None or store.has((layer, expert, place), format) else format.name
-            for place, format in enumerate(bits.of(layer, expert))
-        )
-        if any(names):
-            missing.append((layer, expert, names))
+        names = ["" if format is None else format.name for format in bits.of(layer, expert)]
+        there = [not name or store.has((layer, expert, p), _kept_as(names, p)) for p, name in enumerate(names)]
+        if not all(there):  # down is made for the gate and up that it goes with
+            wanted = [name if not there[2] or not there[place] else "" for place, name in enumerate(names)]
+            missing.append((layer, expert, tuple(wanted)))
     meter = Meter(bench.progress, "quantising", len(missing), speed=_experts_a_second)
     jobs = jobs_of(weights, states, iter(missing), bits.quantiser)
     with closing(run_jobs(tiles_of, jobs, dask=bench.dask, notice=bench.tell)) as results:
         for index, tiles in results:
-            layer, expert, names = missing[index]
-            for place, (name, made) in enumerate(zip(names, tiles, strict=True)):
-                if made is not None:
-                    store.put((layer, expert, place), FORMATS[name], made)
+            layer, expert, names_made = missing[index]
+            for place, made in enumerate(tiles):
+                if made is not None and not store.has((layer, expert, place), _kept_as(names_made, place)):
+                    store.put((layer, expert, place), _kept_as(names_made, place), made)
             meter.add(1, f"layer {layer}")
+
+
+def _kept_as(names: Sequence[str], place: int) -> str:
+    """The name under which a store keeps gate, up or down, given all three formats: down depends on gate and up."""
+    return names[place] if place < 2 else "-".join((names[2], "after", *names[:2]))
 
 
 def _experts_a_second(rate: float) -> str:
@@ -234,7 +238,8 @@ def reader(bits: Bits, store: TileStore) -> Read:
     """What a RequantisedSource reads from a store."""
 
     def read(place: Place, first: int, n_bytes: int) -> Bytes:
-        return store.read(place, _format(bits, place), first, n_bytes)
+        names = ["" if format is None else format.name for format in bits.of(*place[:2])]
+        return store.read(place, _kept_as(names, place[2]), first, n_bytes)
 
     return read
 

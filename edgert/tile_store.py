@@ -1,7 +1,7 @@
 """Tiles of experts that were quantised before, kept until they are packed: a file for each matrix and format.
 
-A matrix is quantised for the same bytes whatever the others get, so a second attempt at an allocation, or a pack that
-goes on after a kill, makes only what is missing. A folder made under another `header` is emptied.
+A second attempt at an allocation, or a pack that goes on after a kill, makes only what is missing. A matrix that
+depends on what others got is kept under a name that says so. A folder made under another `header` is emptied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import StorageError
-from edgert.quant.formats import Format
 from edgert.requantised import Place
 
 _HEADER = "header.json"
@@ -33,17 +32,17 @@ class TileStore:
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(found, wanted.encode())
 
-    def has(self, place: Place, format: Format) -> bool:
-        """Whether the tiles of a place were made in a format."""
-        return self._path(place, format).exists()
+    def has(self, place: Place, name: str) -> bool:
+        """Whether the tiles of a place were made under a name: that of their format, and more."""
+        return self._path(place, name).exists()
 
-    def put(self, place: Place, format: Format, tiles: npt.NDArray[np.uint8]) -> None:
+    def put(self, place: Place, name: str, tiles: npt.NDArray[np.uint8]) -> None:
         """Keep tiles, uint8 (n_bytes,)."""
-        write_aside(self._path(place, format), tiles.tobytes())
+        write_aside(self._path(place, name), tiles.tobytes())
 
-    def read(self, place: Place, format: Format, first: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+    def read(self, place: Place, name: str, first: int, n_bytes: int) -> npt.NDArray[np.uint8]:
         """Bytes of the tiles from `first` on. StorageError if they are not there."""
-        path = self._path(place, format)
+        path = self._path(place, name)
         found = np.fromfile(path, np.uint8, n_bytes, offset=first)
         if len(found) != n_bytes:
             raise StorageError(f"{path}: {first + n_bytes:,} bytes were kept and are gone; remove it and pack again")
@@ -53,9 +52,9 @@ class TileStore:
         """Remove the folder, as far as that is possible."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, place: Place, format: Format) -> Path:
+    def _path(self, place: Place, name: str) -> Path:
         layer, expert, projection = place
-        return self.folder / f"{layer}-{expert}-{projection}-{format.name}"
+        return self.folder / f"{layer}-{expert}-{projection}-{name}"
 
 
 def write_aside(path: Path, content: bytes) -> None:
