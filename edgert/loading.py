@@ -150,6 +150,7 @@ def load_parts(
             assert isinstance(file, Bundle)
             experts = streaming.open_residency(file, config, made, plan, budget, held, policy=policy, prefetch=prefetch)
             weights.load_into(made, progress, experts=False)
+            experts.fill()  # in the background, until somebody asks
         else:
             experts = AllResident(made, weights.load_into(made, progress))
         engine = Engine(config, made, experts, weights.embed)

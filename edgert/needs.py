@@ -7,6 +7,7 @@ import numpy as np
 from edgert.devices.base import CHUNK
 from edgert.devices.kv_cache import cache_bytes, check_kv_type
 from edgert.experts.predictors import is_compiled, predictor_bytes
+from edgert.experts.topics import topic_bytes
 from edgert.memory import WORD_BYTES, Needs
 from edgert.quant import jit
 from edgert.storage.bundle import Bundle
@@ -60,6 +61,7 @@ def needs(
         working_set=int(sizes.sum()) * top_k // max(n_expert, 1),
         buffers=_READER_BYTES
         + predictor_bytes(config.n_layers, n_expert)
+        + topic_bytes(config.n_layers, n_expert)
         + KEPT_ROWS * (weights.bytes_of(EMBEDDING) // config.n_vocab),
         streams=config.router is not None,
     )

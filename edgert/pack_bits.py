@@ -24,7 +24,7 @@ from edgert.errors import OptionError
 from edgert.experts.allocation import Mask
 from edgert.experts.edgemoe import choose_low
 from edgert.experts.profile import Profile
-from edgert.experts.profiled_choice import bundle_choice
+from edgert.experts.profiled_choice import bundle_choice, choice_bytes
 from edgert.experts.speed_allocation import routes_to_replay
 from edgert.goal import Goal
 from edgert.loading import context_of
@@ -162,7 +162,7 @@ class _Run:
         m = smallest.manifest
         self._profile.save(self._bench.work / bundles.PROFILE)
         rest = m.hot_bytes + m.metadata_bytes + 2 * len(m.as_text())  # a proof is to come
-        rest += (self._bench.work / bundles.PROFILE).stat().st_size
+        rest += choice_bytes(m.record_bytes) + (self._bench.work / bundles.PROFILE).stat().st_size
         return problem.within_records(goal.n_bytes - rest).bits
 
     def _within_loss(self, place: Place, bound: float) -> tuple[int, int]:

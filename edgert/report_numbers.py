@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from edgert.experts.context import fit_context
 from edgert.experts.policies import POLICIES, Policy, make_policy
 from edgert.experts.profile import Domain, Profile
 from edgert.experts.profile_statistics import co_activation
 from edgert.experts.replay import Belady, Hits, Report, replay_policy
+from edgert.experts.topics import fit_all
 from edgert.experts.trace import Trace
 from edgert.types import Floats, Ids
 
@@ -72,9 +72,9 @@ def replayed(profile: Profile, record_bytes: Ids, progress: Progress) -> Report:
     progress("fitting what the policies begin with", 0.0)
     halves = replace(profile, domains=tuple(_part(one, slice(0, len(one.tokens) // 2)) for one in profile.domains))
     shares, trace = halves.frequency(), sampled(profile, record_bytes)
-    context = fit_context([domain.ids for domain in halves.domains], shares)
+    topics = fit_all([domain.ids for domain in halves.domains], shares)
     makers: dict[str, Callable[[], Policy | Belady]] = {Belady.name: lambda: Belady(trace)}
-    makers |= {name: partial(make_policy, name, record_bytes, shares, context) for name in POLICIES}
+    makers |= {name: partial(make_policy, name, record_bytes, shares, topics) for name in POLICIES}
     found, levels, total = dict[str, list[Hits]](), residencies(trace), int(record_bytes.sum())
     for step, (name, make) in enumerate(makers.items()):
         progress(f"replaying {name}", step / len(makers))

@@ -99,7 +99,7 @@ def open_residency(
     held.callback(reader.close)
     sizes = bundle.record_bytes
     choice = choice_for(model_key(bundle.metadata, config), plan.residency, sizes.shape, bundle.path) or Choice()
-    chosen = make_policy(choice.policy if policy == "auto" else policy, sizes, choice.profile, choice.context)
+    chosen = make_policy(choice.policy if policy == "auto" else policy, sizes, choice.profile, choice.topics)
     buffer = ExpertBuffer(device, bundle, reader, Slots(plan.slots // ALIGNMENT * ALIGNMENT), chosen)
     top_k, ahead = config.router.top_k, None
     if prefetch != "off":
@@ -110,6 +110,9 @@ def open_residency(
         )
         ahead = Prefetcher(top_k, sizes, controller, choice.predictors, choice.primed)
     residency = Streamed(device, buffer, chosen, top_k, ahead)
+    if choice.profile is not None:
+        keys = np.flatnonzero(sizes)
+        residency.first = keys[np.argsort(-chosen.worth(keys, config.n_layers - 1), kind="stable")]
     guard = guard_for(residency, plan, budget)
     held.callback(guard.close)
     residency.watch = guard.look

@@ -16,17 +16,17 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgert.experts import context as contexts
-from edgert.experts.context import Context
+from edgert.experts import topics as maps
 from edgert.experts.policies import POLICIES
 from edgert.experts.predictors import DEFAULT, PREDICTORS, Primed, table_bytes
+from edgert.experts.topics import TopicMap
 from edgert.storage.bundle import CHOICE as CHOICE
 from edgert.types import Floats
 
@@ -39,12 +39,13 @@ _SCALE = 10_000  # shares of the profile are kept as integers
 @dataclass(frozen=True)
 class Choice:
     """policy: a name of POLICIES. predictors: names of PREDICTORS. profile: the share of tokens that use each expert,
-    (n_layers, n_expert), or None. context: what their use together says. paths: the predictors' path table."""
+    (n_layers, n_expert), or None. topics: maps by the tokens that they look ahead. paths: the predictors' path table.
+    """
 
     policy: str = DEFAULT_POLICY
     predictors: tuple[str, ...] = DEFAULT
     profile: Floats | None = None
-    context: Context | None = None
+    topics: Mapping[int, TopicMap] = field(default_factory=dict)
     paths: npt.NDArray[np.uint8] | None = None
 
     @property
@@ -61,7 +62,7 @@ class Found:
     predictors: tuple[str, ...]
     profile: Floats
     n_tokens: int
-    context: Context | None = None
+    topics: Mapping[int, TopicMap] = field(default_factory=dict)
     paths: npt.NDArray[np.uint8] | None = None
 
 
@@ -99,7 +100,7 @@ def as_bytes(model: str, found: Found) -> bytes:
         "policies": [[share, name] for share, name in sorted(found.policies.items())],
         "predictors": list(found.predictors),
         "profile": np.rint(found.profile * _SCALE).astype(int).tolist(),
-        "context": None if found.context is None else contexts.as_document(found.context),
+        "topics": {str(ahead): maps.as_document(found.topics[ahead]) for ahead in sorted(found.topics)},
         "paths": None if paths is None else base64.b64encode(zlib.compress(paths.tobytes(), 9)).decode(),
     }
     return json.dumps(document, separators=(",", ":")).encode()
@@ -122,7 +123,7 @@ def _read(path: Path, model: str, residency: float, shape: tuple[int, int]) -> C
         if path.stat().st_size > _MOST_BYTES:
             return None
         return _choice(json.loads(path.read_text()), model, residency, shape)
-    except (OSError, ArithmeticError, ValueError, TypeError, LookupError, RecursionError, zlib.error):
+    except (OSError, ArithmeticError, ValueError, TypeError, AttributeError, LookupError, RecursionError, zlib.error):
         return None
 
 
@@ -137,12 +138,12 @@ def _choice(document: Any, model: str, residency: float, shape: tuple[int, int])
     sound = profile.shape == shape and bool(((profile >= 0) & (profile <= 1)).all())
     if policy not in POLICIES or not predictors or not set(predictors) <= set(PREDICTORS) or not sound:
         return None
-    context, paths = document.get("context"), document.get("paths")
+    topics, paths = document.get("topics", {}), document.get("paths")
     return Choice(
         policy,
         predictors,
         profile,
-        None if context is None else contexts.from_document(context, shape),
+        {int(ahead): maps.from_document(one, shape) for ahead, one in topics.items()},
         None if paths is None else _path_table(paths, shape),
     )
 

@@ -8,26 +8,29 @@ recency behind as if its tokens had come one after the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import OptionError
-from edgert.experts.context import Context, keeps
+from edgert.experts.topics import FAR, NEAR, TopicMap, keeps
 from edgert.types import Floats, Ids
 
 _Numbers = npt.NDArray[np.float64]
 _OVERFLOW = 1e100  # an increment of decayed counts beyond this is scaled back
-_LATENCY_BYTES = 64 << 10  # what a flash drive could have read while it seeks: about 0.1 ms
 
 
 class Known(NamedTuple):
-    """What is known before anything runs: the share of tokens that use each expert, (n_layers, n_expert), and more."""
+    """What is known before anything runs.
+
+    shares: of tokens that use each expert, (n_layers, n_expert). topics: maps by the tokens that they look ahead.
+    """
 
     shares: Floats | None = None
-    context: Context | None = None
+    topics: Mapping[int, TopicMap] = MappingProxyType({})
 
 
 class Policy(Protocol):
@@ -252,79 +255,35 @@ class EdgeMoe(_Clock):
         return out
 
 
-def _cost(record_bytes: Ids) -> _Numbers:
-    """What a miss of each key costs for a byte of its size: one, and its part of the latency that each read has."""
-    sizes = np.maximum(record_bytes.reshape(-1), 1).astype(np.float64)
-    cost: _Numbers = (sizes + _LATENCY_BYTES) / sizes
-    return cost
-
-
 class Cost(_Clock):
-    """Seconds that a miss would cost, for each byte of room, over the expected time to the next use.
+    """Cost of a miss for each byte of room, times the chance of the next use, over the time until then.
 
-    With p the chance that a token uses an expert and d the layers until its layer comes, the next use is expected
-    d / S + (1 - p) / p tokens ahead; giving up the farthest is what Belady does who knows. p is a mean of a quick and
-    a slow decayed frequency. A record's cost grows with its size and so does its room: only the latency, which each
-    read has once, makes small records dearer to lose for a byte.
+    The chance that a token uses an expert is a mean of its shares of the last tokens, by several half-lives. What may
+    be used soon is worth its room until then even if the chance is small; it can go after that. A record's cost grows
+    with its size and so does its room: only the latency, which each read has once, makes small records dearer to lose
+    for a byte.
     """
 
     name = "cost"
-    _QUICK, _SLOW, _SHARE = 4.0, 64.0, 0.3  # half-lives in tokens, and the weight of the quick one
-    _LEAST = 1e-4  # chance of what was never seen
-
-    def __init__(self, record_bytes: Ids, known: Known) -> None:
-        super().__init__(*record_bytes.shape)
-        self._quick, self._slow = _Frequency(self, self._QUICK, None), _Frequency(self, self._SLOW, known.shares)
-        self._distance = _Distance(self)
-        self._cost = _cost(record_bytes)
-
-    def used(self, layer: int, ids: Ids) -> None:
-        """See Policy."""
-        self._quick.used(layer, ids)
-        self._slow.used(layer, ids)
-
-    def worth(self, keys: Ids, layer: int) -> Floats:
-        """Cost over expected time."""
-        n, out = len(keys), self._out[: len(keys)]
-        chance, other, time = self._work[:, :n]
-        self._quick.shares(keys, chance, self._SHARE)
-        chance += self._slow.shares(keys, other, 1.0 - self._SHARE)
-        np.clip(chance, self._LEAST, 1.0, out=chance)
-        self._distance.layers(keys, layer, time)
-        time *= 1.0 / self.n_layers  # d / S + 1 / p - 1, never below 1 / S
-        time -= 1.0
-        time += np.reciprocal(chance, out=chance)
-        np.divide(np.take(self._cost, keys, out=other, mode="clip"), time, out=out, casting="same_kind")
-        return out
-
-
-class Contextual(_Clock):
-    """Seconds that a miss would cost, for each byte of room, times the chance of the next use, over the time till then.
-
-    The chance comes from a context, in which all experts' recent use speaks for each; without one, from its own shares.
-    What may be used soon is worth its room until then even if the chance is small: so the chance over the time, and not
-    over the expected time as in `cost`. A layer's chances are found anew when its routes are known.
-    """
-
-    name = "context"
-    _AT_LEAST = 0.4  # tokens that are added to the time: found by trying
+    _LATENCY_BYTES = 64 << 10  # what a flash drive could have read while it seeks: about 0.1 ms
+    _AT_LEAST = 0.4  # tokens that are added to the time: found by trying, as the weights were, on two models
     _LEAST = 1e-3  # chance of what is not expected at all
+    _WEIGHTS = (0.08, 0.27, 0.65, 0.0)  # of the shares, which sum up to a chance
 
     def __init__(self, record_bytes: Ids, known: Known) -> None:
         super().__init__(*record_bytes.shape)
-        self._context = known.context or Context.unknown(*record_bytes.shape)
         self._keeps, self._adds = keeps(), 1.0 - keeps()
+        self._weights = np.array(self._WEIGHTS, np.float32)
         prior = np.zeros(record_bytes.shape) if known.shares is None else known.shares
         self._shares = np.repeat(prior[:, None].astype(np.float32), len(self._keeps), axis=1)  # by layer, kind, expert
-        self._parts = np.einsum("le,let->lt", self._shares[:, -1], self._context.reads)  # of each layer, in the topics
-        self._topics: Floats = self._parts.sum(axis=0)
-        self._chances = np.zeros(record_bytes.shape, np.float32)
-        self._distance, self._cost = _Distance(self), _cost(record_bytes)
-        self._expect_all()
+        self._chances: Floats = prior.astype(np.float32)
+        self._distance = _Distance(self)
+        sizes = np.maximum(record_bytes.reshape(-1), 1).astype(np.float64)
+        self._cost = (sizes + self._LATENCY_BYTES) / sizes
 
     def used(self, layer: int, ids: Ids) -> None:
         """See Policy."""
-        shares, part = self._shares[layer], self._parts[layer]
+        shares = self._shares[layer]
         if ids.ndim == 1:
             shares *= self._keeps
             shares[:, ids] += self._adds
@@ -334,53 +293,91 @@ class Contextual(_Clock):
             np.put_along_axis(chosen, ids, 1.0, axis=1)
             shares *= self._keeps ** len(ids)
             shares += (self._adds * self._keeps**ages) @ chosen
+        np.dot(self._weights, shares, out=self._chances[layer])
+
+    def worth(self, keys: Ids, layer: int) -> Floats:
+        """Cost times chance over time."""
+        n, out = len(keys), self._out[: len(keys)]
+        time, cost = self._work[:2, :n]
+        self._distance.layers(keys, layer, time)
+        time += self._AT_LEAST * self.n_layers
+        np.take(self._cost, keys, out=cost, mode="clip")
+        cost /= time
+        np.take(self._chances, keys, out=out, mode="clip")
+        np.maximum(out, self._LEAST, out=out)
+        return np.multiply(out, cost, out=out, casting="same_kind")
+
+
+class Topics(Cost):
+    """As `cost`, but the chance comes from a map, in which all experts' recent use speaks for each: see topics.py.
+
+    A layer's chances are found anew when its routes are known. Without a map they are those of `cost`.
+    """
+
+    name = "topics"
+    _AHEAD = NEAR
+
+    def __init__(self, record_bytes: Ids, known: Known) -> None:
+        super().__init__(record_bytes, known)
+        nothing = np.zeros((*record_bytes.shape, 1), np.float32)
+        self._map = known.topics.get(self._AHEAD) or TopicMap(self._weights, nothing[..., 0], nothing, nothing)
+        self._weights = self._map.own
+        self._parts = np.einsum("le,let->lt", self._shares[:, -1], self._map.reads)  # what each layer adds to a topic
+        self._topics: Floats = self._parts.sum(axis=0)
+        self._expect_all()
+
+    def used(self, layer: int, ids: Ids) -> None:
+        """See Policy."""
+        super().used(layer, ids)
+        part = self._parts[layer]
         self._topics -= part
-        np.dot(shares[-1], self._context.reads[layer], out=part)
+        np.dot(self._shares[layer, -1], self._map.reads[layer], out=part)
         self._topics += part
         self._expect(layer)
 
     def _expect(self, layer: int) -> None:
-        """Find the chances of a layer's experts."""
+        """Add what the topics let expect to the chances of a layer's own shares."""
         chances = self._chances[layer]
-        np.dot(self._context.writes[layer], self._topics, out=chances)
-        chances += self._context.offset[layer]
-        chances += self._context.own @ self._shares[layer]
+        chances += self._map.offset[layer]
+        chances += self._map.writes[layer] @ self._topics
 
     def _expect_all(self) -> None:
+        np.einsum("h,lhe->le", self._weights, self._shares, out=self._chances)
         for layer in range(self.n_layers):
             self._expect(layer)
 
     def next_token(self, n_tokens: int = 1) -> None:
         """See Policy."""
-        self._topics = self._parts.sum(axis=0)  # what was rounded does not add up
+        self._topics = self._parts.sum(axis=0)  # so that what was rounded does not add up
         if n_tokens > 1:
             self._expect_all()
 
-    def worth(self, keys: Ids, layer: int) -> Floats:
-        """Cost times chance over time."""
-        n, out = len(keys), self._out[: len(keys)]
-        time, other = self._work[:2, :n]
-        self._distance.layers(keys, layer, time)
-        time += self._AT_LEAST * self.n_layers
-        np.divide(np.take(self._cost, keys, out=other, mode="clip"), time, out=time)
-        np.maximum(np.take(self._chances, keys), self._LEAST, out=out)
-        out *= time
-        return out
+
+class FarTopics(Topics):
+    """As `topics`, but with a map for more tokens: for a buffer that keeps experts for long."""
+
+    name = "far-topics"
+    _AHEAD = FAR
 
 
 POLICIES: dict[str, Callable[[Ids, Known], Policy]] = {
-    policy.name: policy for policy in (Lru, Lfu, Lfru, EdgeMoe, Cost, Contextual, Pinned)
+    policy.name: policy for policy in (Lru, Lfu, Lfru, EdgeMoe, Cost, Topics, FarTopics, Pinned)
 }
 
 
-def make_policy(name: str, record_bytes: Ids, profile: Floats | None = None, context: Context | None = None) -> Policy:
+def make_policy(
+    name: str,
+    record_bytes: Ids,
+    profile: Floats | None = None,
+    topics: Mapping[int, TopicMap] = MappingProxyType({}),
+) -> Policy:
     """A policy by name, for records of `record_bytes` (n_layers, n_expert).
 
-    profile: the share of tokens that use each expert, (n_layers, n_expert). context: what their use together says, of
-    the same experts. OptionError for an unknown name.
+    profile: the share of tokens that use each expert, (n_layers, n_expert). topics: maps of the same experts, by the
+    tokens that they look ahead. OptionError for an unknown name.
     """
     if name not in POLICIES:
         raise OptionError(f"policy={name!r} is not known; use one of {', '.join(POLICIES)}")
     if profile is not None and profile.shape != record_bytes.shape:
         raise OptionError(f"the profile is of {profile.shape} experts, the model has {record_bytes.shape}")
-    return POLICIES[name](record_bytes, Known(profile, context))
+    return POLICIES[name](record_bytes, Known(profile, topics))

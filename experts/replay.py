@@ -1,7 +1,7 @@
 """What each policy and predictor would have done on a recorded run, and what the best possible one would have.
 
 Tokens are replayed one by one, as decoding runs them, prompts too. The first half of a trace warms caches and tables
-(and is what `pinned` and `context` learn from), the second half is counted.
+(and is what `pinned` and `topics` learn from), the second half is counted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from edgert.errors import OptionError
 from edgert.experts.choice import DEFAULT_POLICY, Found, save_choice
-from edgert.experts.context import fit_context
 from edgert.experts.policies import POLICIES, Policy, make_policy
 from edgert.experts.predictors import AHEAD, DEFAULT, PREDICTORS, Combined
+from edgert.experts.topics import fit_all
 from edgert.experts.trace import Trace
 from edgert.types import Floats, Ids
 
@@ -174,14 +174,10 @@ def _with_policies(trace: Trace) -> Iterator[tuple[str, Callable[[], Policy]]]:
     """Names and makers of all that are compared, Belady first."""
     yield Belady.name, lambda: Belady(trace)
     half = max(1, trace.n_tokens // 2)
-    profile, sizes = profile_of(trace, half), trace.record_bytes
+    profile = profile_of(trace, half)
+    topics = fit_all([trace.ids[:, :half]], profile)
     for name in POLICIES:
-        if name == "pinned":
-            yield name, partial(make_policy, name, sizes, profile)
-        elif name == "context":
-            yield name, partial(make_policy, name, sizes, profile, fit_context([trace.ids[:, :half]], profile))
-        else:
-            yield name, partial(make_policy, name, sizes)
+        yield name, partial(make_policy, name, trace.record_bytes, profile if name == "pinned" else None, topics)
 
 
 def compare_policies(
@@ -277,8 +273,8 @@ class Report:
     def save(self) -> Path:
         """Keep the choice for this model, where loading finds it. Raises OSError."""
         trace, profile = self.trace, profile_of(self.trace)
-        context = fit_context([trace.ids], profile)
-        found = Found(self.best_policies(), self.best_predictors(), profile, trace.n_tokens, context)
+        topics = fit_all([trace.ids], profile)
+        found = Found(self.best_policies(), self.best_predictors(), profile, trace.n_tokens, topics)
         return save_choice(trace.model, found)
 
 

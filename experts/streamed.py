@@ -42,6 +42,8 @@ class Streamed:
         self._begun = 0.0, ExpertCounts()  # when it began, and the counts then
         self._ended_at, self._under_way = 0, 0  # when the last step ended: bytes that had been read, and asked for
         self._open = False  # a step has begun and not finished
+        self.first: Ids = np.zeros(0, np.int64)  # keys of experts to read while nobody asks, best first
+        self._filling = False  # that is under way
         self._acquired: set[int] = set()  # layers of this step that were asked for
         largest, by_layer = int(buffer.sizes.max()), buffer.sizes.reshape(-1, self._n_expert).sum(axis=1)
         self.least_bytes = (top_k + 1) * largest
@@ -57,7 +59,7 @@ class Streamed:
         found = ExpertCounts(
             expert_hits=self._hits,
             expert_misses=self._misses,
-            bytes_read=self._reader.bytes_read,
+            bytes_read=0 if self._filling else self._reader.bytes_read,  # the first step is charged with all of it
             flash_wait_s=self._wait_s,
             flash_busy_s=self._reader.busy_s,
         )
@@ -96,6 +98,9 @@ class Streamed:
         if self._open:
             self._buffer.recover()
         self._open = True
+        if self._filling:
+            self._reader.cancel(list(self._buffer.reads.values()))
+            self._filling = False
         self._buffer.book(self._reader.poll())  # a child of a fork learns here that it has neither lanes nor bytes
         self.watch()
         if self._wanted != self._buffer.n_bytes:
@@ -229,6 +234,19 @@ class Streamed:
         return found
 
     # ---- before it is asked for --------------------------------------------------------------------------------------
+    def fill(self) -> None:
+        """Begin to read the `first` experts into the empty buffer, as many as fit; the first step ends it.
+
+        A read that fails is not heard of: it is made again when it is needed.
+        """
+        reads: list[Read] = []
+        for key in self.first.tolist():
+            if not self._buffer.start(key, 0, reads, urgent=False):
+                break
+        if reads:
+            self._filling = True
+            self._reader.submit(reads)
+
     def _read_all(self, layer: int) -> None:
         """Read what a long chunk will need of a layer to come, as far as there is room."""
         buffer = self._buffer

@@ -131,7 +131,7 @@ def test_pins_stay_whatever_is_used() -> None:
 
 
 def test_decayed_counts_last_for_millions_of_tokens() -> None:
-    policy = make_policy("cost", SIZES)
+    policy = make_policy("lfu", SIZES)
     for _ in range(2000):
         policy.used(1, np.array([3]))
         policy.next_token(100_000)

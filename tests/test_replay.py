@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_topics import empty_map
 from typer.testing import CliRunner
 
 from edgert.cli.app import app
 from edgert.errors import OptionError
 from edgert.experts import choice, replay
-from edgert.experts.context import Context
 from edgert.experts.policies import POLICIES, make_policy
 from edgert.experts.predictors import path_table
 from edgert.experts.replay import COMBINED, Belady, replay_policy
@@ -145,18 +145,20 @@ def test_what_was_chosen_is_found_for_the_nearest_residency(cache: Path) -> None
         ("profile", [[-1] * 5] * 3),
         ("profile", "x"),
         ("profile", None),
-        ("context", 1),
-        ("context", {"topics": 1}),
+        ("topics", 1),
+        ("topics", []),
+        ("topics", {"4": {"topics": 1}}),
         ("paths", 1),
         ("paths", "AAAA"),
         ("paths", "eJztwTEBAAAAwqD1T20JT6AAAHgaJxAAAQ=="),
     ],
 )
 def test_a_damaged_choice_counts_as_none(key: str, value: object, cache: Path) -> None:
-    context, paths = Context.unknown(3, 5), path_table([], np.ones((3, 5), np.bool_))
-    found = choice.Found({0.1: "lru"}, ("router",), np.zeros((3, 5), np.float32), 10, context, paths)
+    topics, paths = {4: empty_map((3, 5))}, path_table([], np.ones((3, 5), np.bool_))
+    found = choice.Found({0.1: "lru"}, ("router",), np.zeros((3, 5), np.float32), 10, topics, paths)
     path = choice.save_choice("m", found)
-    assert choice.choice_for("m", 0.1, (3, 5)) is not None
+    sound = choice.choice_for("m", 0.1, (3, 5))
+    assert sound is not None and set(sound.topics) == {4} and sound.primed is not None
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     assert choice.choice_for("m", 0.1, (3, 5)) is None
     path.write_bytes(b"\xff{[" * 100)

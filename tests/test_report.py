@@ -260,7 +260,7 @@ def test_replayed_rates_and_speeds_say_what_replay_says(page: str) -> None:
         for text, weight in zip(first, (0.75, 0.25), strict=True)
     )
     found = {}
-    for name in ("lru", "pinned", "context", "cost", "belady"):
+    for name in ("lru", "pinned", "topics", "cost", "belady"):
         found[name] = [
             replay_policy(
                 trace,

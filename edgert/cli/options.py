@@ -62,7 +62,7 @@ _RUNTIME: dict[str, Row] = {
     "policy": (
         str,
         "NAME",
-        "Which experts stay in RAM: lru, lfu, lfru, edgemoe, cost, context, pinned; auto if not set.",
+        "Which experts stay in RAM: lru, lfu, lfru, edgemoe, cost, topics, far-topics, pinned; auto if not set.",
     ),
     "prefetch": (str, "auto|always|off", "Read experts before they are asked for; auto if not set: where it pays."),
     "trace": (str, "FILE", "Write the routes of the last tokens to a file, for `edgert replay`."),
