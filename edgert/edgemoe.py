@@ -5,7 +5,7 @@ The order of things is edgert.experts.edgemoe's; here is what it takes to measur
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,27 +32,35 @@ def low_bits(low: npt.NDArray[np.bool_], quantiser: str, hot: Format | None) -> 
     return Bits((BASE, LOW), choice, hot, quantiser)
 
 
-def losses_alone(
-    bench: Bench, weights: Weights, states: States, profile: Profile, store: TileStore, trial: Trial, quantiser: str
-) -> npt.NDArray[np.float64]:
-    """The loss on calibration text, in nats a token, with each expert alone at the low width: (n_layers, n_expert).
+class Alone(NamedTuple):
+    """What became of the model with each expert alone at the low width, (n_layers, n_expert): nats a token.
 
-    Not a number for experts that were never routed to, which so keep the base width. The tiles of both widths are left
-    in the store.
+    loss: on calibration text; kl: divergence from the untouched model there. Not a number for experts that were never
+    routed to, which so keep the base width.
     """
+
+    loss: npt.NDArray[np.float64]
+    kl: npt.NDArray[np.float64]
+
+
+def try_alone(
+    bench: Bench, weights: Weights, states: States, profile: Profile, store: TileStore, trial: Trial, quantiser: str
+) -> Alone:
+    """Try every expert alone at the low width, all others at the base. The tiles of both are left in the store."""
     shape, chunks = profile.record_bytes.shape, trial_chunks(profile, _CHUNKS)
     base, low = (low_bits(np.full(shape, lowered), quantiser, None) for lowered in (False, True))
     for bits in (base, low):
         make_tiles(bench, weights, states, bits, store)
     for layer in profile.layers:
         put_layer(trial, weights, base, reader(base, store), layer)
-    found, n_experts = np.full(shape, np.nan), len(profile.layers) * profile.n_expert
+    found, n_experts = Alone(np.full(shape, np.nan), np.full(shape, np.nan)), len(profile.layers) * profile.n_expert
     meter = Meter(bench.progress, "one expert at a time", n_experts, speed=lambda rate: f"{rate:.1f} experts/s")
     routed = profile.frequency() > 0
     for layer in profile.layers:
         for expert in np.flatnonzero(routed[layer]).tolist():
             put_expert(trial, weights, low, reader(low, store), layer, expert)
-            found[layer, expert] = float(trial.measure(chunks).losses.mean())
+            measured = trial.measure(chunks)
+            found.loss[layer, expert], found.kl[layer, expert] = float(measured.losses.mean()), measured.kl
             put_expert(trial, weights, base, reader(base, store), layer, expert)
             meter.add(1, f"layer {layer}, expert {expert}")
     return found

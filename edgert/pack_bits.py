@@ -19,7 +19,7 @@ import numpy as np
 from edgert import perplexity
 from edgert.allocating import Problem, Solution
 from edgert.bits import PROJECTIONS, Bits, expert_shapes, hot_format
-from edgert.edgemoe import losses_alone, low_bits
+from edgert.edgemoe import low_bits, try_alone
 from edgert.errors import OptionError
 from edgert.experts.allocation import Mask
 from edgert.experts.edgemoe import choose_low
@@ -206,7 +206,8 @@ class _Run:
             return self._worst()
 
         with Trial(self._model) as trial:
-            alone = losses_alone(self._bench, self._weights, self._states, self._profile, self._store, trial, quantiser)
+            parts = self._bench, self._weights, self._states, self._profile, self._store
+            alone = try_alone(*parts, trial, quantiser).loss
         low = choose_low(alone, measure, bound).low
         if tried[-1][0] != int(low.sum()):
             measure(low)

@@ -17,6 +17,7 @@ from edgert.quant.reference import GELU_CUBE, GELU_SCALE, OSS_ALPHA, OSS_LIMIT
 from edgert.types import Floats, Ids
 
 _ERROR_ROWS = 512  # most rows on which the error of an expert's output is measured
+_ERROR_OUTPUTS = 64  # most outputs of a projection that are quantised to learn the error of all
 _FEWEST_KEPT = 32  # rows, to be kept back from the quantiser for that
 _PROBE, _POWERS = FORMATS["int3"], (0.0, 0.125, 0.25, 0.5)
 
@@ -117,7 +118,8 @@ def option_errors(
 
     The error is the mean over (at most 512 of) the expert's rows of importance**2 * the squared error of its output,
     summed over the output; over rows kept back from the quantiser, where there are enough, as it errs up to four times
-    less on its own. Infinite where a projection's columns do not fit a format, zero where there are no rows.
+    less on its own. At most 64 outputs of a projection are quantised and stand for the others. Infinite where a
+    projection's columns do not fit a format, zero where there are no rows.
     """
     errors = np.zeros((3, len(formats)), np.float32)
     if not len(states):
@@ -127,22 +129,40 @@ def option_errors(
         up, down, hidden = _balanced(up, down, hidden, importance, activation)
     fitted, kept = _parted(len(states))
     seen, made = (Inputs(rows[fitted], importance[fitted]) for rows in (states, hidden))
-    few, target, weight = states[kept].astype(np.float32), hidden[kept], importance[kept]
-    gates, ups = few @ gate.T, few @ up.T  # (n_rows, d_expert)
+    units, share = _sample_units(np.square(hidden * importance[:, None]).mean(axis=0) * np.square(down).sum(axis=0))
+    outputs = _spread(len(down), _ERROR_OUTPUTS)
+    few, weight, used = states[kept].astype(np.float32), importance[kept], hidden[kept]
+    gate, up, through = gate[units], up[units], (down[:, units] * np.sqrt(share)).T
+    gates, ups = few @ gate.T, few @ up.T  # (n_rows, n_units)
     for option, format in enumerate(formats):
-        for projection, (weights, inputs) in enumerate(((gate, seen), (up, seen), (down, made))):
+        for projection, (weights, inputs) in enumerate(((gate, seen), (up, seen), (down[outputs], made))):
             if weights.shape[1] % format.block:
                 errors[projection, option] = np.inf
                 continue
             found = quantise(weights, format, quantiser, inputs).matrix.to_float()
             if projection == 2:
-                difference = target @ (down - found).T
+                difference = used @ (weights - found).T * np.sqrt(len(down) / len(outputs))
             elif projection == 1:
-                difference = (target - _activate(gates, few @ found.T, activation)) @ down.T
+                difference = (used[:, units] - _activate(gates, few @ found.T, activation)) @ through
             else:
-                difference = (target - _activate(few @ found.T, ups, activation)) @ down.T
+                difference = (used[:, units] - _activate(few @ found.T, ups, activation)) @ through
             errors[projection, option] = _mean_error(difference, weight)
     return errors
+
+
+def _sample_units(size: Floats) -> tuple[Ids, Floats]:
+    """At most 64 of an expert's hidden units, and for how many like it each stands.
+
+    size (n_units,): what each adds to the output. Half are the largest, which stand for themselves, for a few make most
+    of the error; half are evenly spread over the others.
+    """
+    order, half = np.argsort(-size, kind="stable"), _ERROR_OUTPUTS // 2
+    if len(order) <= _ERROR_OUTPUTS:
+        return np.arange(len(order)), np.ones(len(order), np.float32)
+    rest = order[half:]
+    few = rest[_spread(len(rest), half)]
+    like = size[rest].sum() / max(float(size[few].sum()), 1e-30)
+    return np.concatenate([order[:half], few]), np.repeat(np.array([1.0, like], np.float32), half)
 
 
 def _parted(n_rows: int) -> tuple[Ids, Ids]:
@@ -177,10 +197,10 @@ def _inputs(rows: Floats, importance: Floats) -> Inputs:
     return Inputs(rows, importance) if len(rows) else Inputs(None)
 
 
-def _spread(n_rows: int) -> Ids:
-    """Numbers of at most 512 rows, evenly spread."""
-    n = min(n_rows, _ERROR_ROWS)
-    return np.arange(n) * n_rows // n
+def _spread(n: int, most: int = _ERROR_ROWS) -> Ids:
+    """At most so many of n numbers, evenly spread."""
+    few = min(n, most)
+    return np.arange(few) * n // few
 
 
 def _mean_error(difference: Floats, importance: Floats) -> float:

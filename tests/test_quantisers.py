@@ -174,6 +174,17 @@ def test_an_expert_and_what_each_projection_costs(activation: str) -> None:
     assert found.error == pytest.approx(measured, rel=1e-3)
 
 
+@pytest.mark.parametrize("quantiser", ["gptq", "awq"])
+def test_a_sample_of_outputs_tells_the_error_of_all(monkeypatch: pytest.MonkeyPatch, quantiser: str) -> None:
+    _, _, _, x, importance = expert()
+    gate, up, down = weights(320, 64, 1) * 10, weights(320, 64, 2) * 10, weights(256, 320, 3)
+    gate[:5] *= 6  # a few units make most of the output
+    formats = [FORMATS[name] for name in ("int4", "int3", "int2")]
+    sampled = option_errors(gate, up, down, formats, quantiser, x, importance)
+    monkeypatch.setattr("edgert.quant.quantise_expert._ERROR_OUTPUTS", 1 << 20)
+    assert np.abs(np.log(sampled / option_errors(gate, up, down, formats, quantiser, x, importance))).max() < 0.25
+
+
 def test_down_makes_good_what_gate_and_up_miss() -> None:
     gate, up, down, x, importance = expert()
     fresh = rows(2400, 64)[700:]  # of the same mixture
