@@ -19,6 +19,7 @@ from edgert.types import Floats
 from edgert.weights import Weights
 
 Bytes = npt.NDArray[np.uint8]
+PROBE = "int3"  # the format in which a layer's experts are put to learn what their errors cost
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,16 @@ class ExpertJob:
 
 
 def errors_of(job: ExpertJob) -> Floats:
-    """Errors of the expert's output, (3, n_formats), with one projection at a time in each format."""
-    gate, up, down, rows = job.arrays()
-    formats = [FORMATS[name] for name in job.formats]
-    return option_errors(gate, up, down, formats, job.quantiser, rows, job.importance, job.activation)
+    """Errors of the expert's output, (3, n_formats + 1), with one projection at a time in each format.
+
+    The last is that of PROBE, rounded to the nearest.
+    """
+    arrays, about = job.arrays(), (job.importance, job.activation)
+    found = [
+        option_errors(*arrays[:3], [FORMATS[name] for name in names], quantiser, arrays[3], *about)
+        for names, quantiser in ((job.formats, job.quantiser), ([PROBE], "rtn"))
+    ]
+    return np.concatenate(found, axis=1)
 
 
 def tiles_of(job: ExpertJob) -> list[Bytes | None]:

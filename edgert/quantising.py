@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.bits import PROJECTIONS, Bits, expert_shapes, fitting
-from edgert.expert_jobs import errors_of, jobs_of, tiles_of
+from edgert.expert_jobs import PROBE, errors_of, jobs_of, tiles_of
 from edgert.experts.profile import Profile, Sensitivity
 from edgert.jobs import run_jobs
 from edgert.pack_meter import Meter
@@ -44,7 +44,7 @@ CANDIDATES = (
     *("int5-g64", "int6-g64", "int8-g64"),
 )
 SHORT_CANDIDATES = ("int5", "int6", "int8")  # besides, where rows are no multiple of 64
-_PROBE, _BASE = "int3", "int8"  # what a layer's experts get in a trial, and all the others
+_BASE = "int8"  # what the experts of other layers get in a trial
 _TAKEN = 0.05  # nats that the probe's format costs a model, where it cannot be measured
 _TRIAL_CHUNKS = 8
 
@@ -130,7 +130,7 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
         names = candidates(weights)
         states = bench.states(model, profile)
         rows = profile_counts(profile).astype(np.int32)
-        errors = np.zeros((profile.n_layers, profile.n_expert, len(PROJECTIONS), len(names)), np.float32)
+        errors = np.zeros((profile.n_layers, profile.n_expert, len(PROJECTIONS), len(names) + 1), np.float32)
         missing = []
         for layer in layers:
             for expert in range(profile.n_expert):
@@ -147,15 +147,13 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
                 errors[layer, expert] = found
                 _save(store.folder / f"errors-{layer}-{expert}.npy", found)
                 meter.add(1, f"layer {layer}")
-        probe = Bits.uniform(FORMATS[_PROBE], profile.n_layers, profile.n_expert, quantiser=quantiser)
-        make_tiles(bench, weights, states, probe, store)
-        share = rows.astype(np.float64) / profile.n_tokens
-        total = (share[..., None] * errors[..., names.index(_PROBE)]).sum(axis=(1, 2))
+        errors, probe = errors[..., :-1], errors[..., -1]
+        total = (rows[..., None] / profile.n_tokens * probe).sum(axis=(1, 2))
         if model.memory.slots:  # trials exchange experts in RAM
             bench.progress("not all experts are in RAM: every layer is taken to be as sensitive as the others", 0.0)
             gains = np.divide(_TAKEN / len(layers), total, out=np.zeros(len(total)), where=total > 0).astype(np.float32)
         else:
-            gains = _gains(bench, model, profile, probe, store, total)
+            gains = _gains(bench, model, profile, total)
     return Sensitivity(quantiser, names, errors, rows, gains, profile.n_tokens)
 
 
@@ -167,25 +165,25 @@ def _save(path: Path, array: npt.NDArray[Any]) -> None:
     write_aside(path, buffer.getvalue())
 
 
-def _gains(
-    bench: Bench, model: Model, profile: Profile, probe: Bits, store: TileStore, errors: npt.NDArray[np.float64]
-) -> Floats:
+def _gains(bench: Bench, model: Model, profile: Profile, errors: npt.NDArray[np.float64]) -> Floats:
     """Divergence for a unit of error in each layer: that of the layer's experts in the probe's format, measured.
 
-    errors: (n_layers,) of the probe. All other experts are in 8 bits meanwhile: activations are, too, and what that
-    costs is taken off.
+    errors: (n_layers,) of the probe. It rounds to the nearest, as what is fitted to calibration text errs less there.
+    All other experts are in 8 bits meanwhile: activations are, too, and what that costs is taken off.
     """
     from edgert.trial import Trial
 
     chunks, weights, gains = trial_chunks(profile, _TRIAL_CHUNKS), weights_of(model), np.zeros(profile.n_layers)
-    base = Bits.uniform(FORMATS[_BASE], profile.n_layers, profile.n_expert, quantiser="rtn")
+    base, probe = (
+        Bits.uniform(FORMATS[name], profile.n_layers, profile.n_expert, quantiser="rtn") for name in (_BASE, PROBE)
+    )
     with Trial(model) as trial:
         for layer in profile.layers:
             put_layer(trial, weights, base, rounded(weights, base), layer)
         floor = trial.measure(chunks).kl
         for done, layer in enumerate(profile.layers):
             bench.progress("measuring what each layer's errors cost", done / len(profile.layers))
-            put_layer(trial, weights, probe, reader(probe, store), layer)
+            put_layer(trial, weights, probe, rounded(weights, probe), layer)
             risen = trial.measure(chunks).kl - floor
             gains[layer] = max(risen, 0.0) / max(errors[layer], 1e-30)
             put_layer(trial, weights, base, rounded(weights, base), layer)

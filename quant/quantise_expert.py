@@ -18,7 +18,7 @@ from edgert.types import Floats, Ids
 
 _ERROR_ROWS = 512  # most rows on which the error of an expert's output is measured
 _ERROR_OUTPUTS = 64  # most outputs of a projection that are quantised to learn the error of all
-_FEWEST_KEPT = 32  # rows, to be kept back from the quantiser for that
+_FEWEST_KEPT = 32  # rows, to be kept back from the quantiser for that once and for all
 _PROBE, _POWERS = FORMATS["int3"], (0.0, 0.125, 0.25, 0.5)
 
 
@@ -117,37 +117,39 @@ def option_errors(
     """What each format costs each projection, float32 (3, n_formats), the other two projections left as they are.
 
     The error is the mean over (at most 512 of) the expert's rows of importance**2 * the squared error of its output,
-    summed over the output; over rows kept back from the quantiser, where there are enough, as it errs up to four times
-    less on its own. At most 64 outputs of a projection are quantised and stand for the others. Infinite where a
-    projection's columns do not fit a format, zero where there are no rows.
+    summed over the output; over rows kept back from the quantiser, as it errs up to four times less on its own. At most
+    64 outputs of a projection are quantised and stand for the others. Infinite where a projection's columns do not fit
+    a format, zero where there are no rows.
     """
-    errors = np.zeros((3, len(formats)), np.float32)
+    errors = np.zeros((3, len(formats)), np.float64)
     if not len(states):
-        return errors
+        return errors.astype(np.float32)
     hidden = _hidden(gate, up, states, activation)
     if quantiser == "awq":
         up, down, hidden = _balanced(up, down, hidden, importance, activation)
-    fitted, kept = _parted(len(states))
-    seen, made = (Inputs(rows[fitted], importance[fitted]) for rows in (states, hidden))
     units, share = _sample_units(np.square(hidden * importance[:, None]).mean(axis=0) * np.square(down).sum(axis=0))
     outputs = _spread(len(down), _ERROR_OUTPUTS)
-    few, weight, used = states[kept].astype(np.float32), importance[kept], hidden[kept]
-    gate, up, through = gate[units], up[units], (down[:, units] * np.sqrt(share)).T
-    gates, ups = few @ gate.T, few @ up.T  # (n_rows, n_units)
-    for option, format in enumerate(formats):
-        for projection, (weights, inputs) in enumerate(((gate, seen), (up, seen), (down[outputs], made))):
-            if weights.shape[1] % format.block:
-                errors[projection, option] = np.inf
-                continue
-            found = quantise(weights, format, quantiser, inputs).matrix.to_float()
-            if projection == 2:
-                difference = used @ (weights - found).T * np.sqrt(len(down) / len(outputs))
-            elif projection == 1:
-                difference = (used[:, units] - _activate(gates, few @ found.T, activation)) @ through
-            else:
-                difference = (used[:, units] - _activate(few @ found.T, ups, activation)) @ through
-            errors[projection, option] = _mean_error(difference, weight)
-    return errors
+    sample = gate[units], up[units], down[outputs]
+    through = (down[:, units] * np.sqrt(share)).T  # (n_units, d_model)
+    folds = _folds(len(states))
+    for fitted, kept in folds:
+        seen, made = (_inputs(rows[fitted], importance[fitted]) for rows in (states, hidden))
+        few, weight, used = states[kept].astype(np.float32), importance[kept], hidden[kept]
+        gates, ups = few @ sample[0].T, few @ sample[1].T  # (n_rows, n_units)
+        for option, format in enumerate(formats):
+            for projection, (weights, inputs) in enumerate(zip(sample, (seen, seen, made), strict=True)):
+                if weights.shape[1] % format.block:
+                    errors[projection, option] = np.inf
+                    continue
+                found = quantise(weights, format, quantiser, inputs).matrix.to_float()
+                if projection == 2:
+                    difference = used @ (weights - found).T * np.sqrt(len(down) / len(outputs))
+                elif projection == 1:
+                    difference = (used[:, units] - _activate(gates, few @ found.T, activation)) @ through
+                else:
+                    difference = (used[:, units] - _activate(few @ found.T, ups, activation)) @ through
+                errors[projection, option] += _mean_error(difference, weight) * len(kept)
+    return (errors / sum(len(kept) for _, kept in folds)).astype(np.float32)
 
 
 def _sample_units(size: Floats) -> tuple[Ids, Floats]:
@@ -165,14 +167,19 @@ def _sample_units(size: Floats) -> tuple[Ids, Floats]:
     return np.concatenate([order[:half], few]), np.repeat(np.array([1.0, like], np.float32), half)
 
 
-def _parted(n_rows: int) -> tuple[Ids, Ids]:
-    """Rows for the quantiser, and at most 512 to measure on: of every fourth sixteenth, or, of few, of all."""
+def _folds(n_rows: int) -> list[tuple[Ids, Ids]]:
+    """Rows for the quantiser with those to measure on, which it does not see; of few, in turn one half and the other.
+
+    Neighbours, which are of one text, stay together. Those to measure on are at most 512.
+    """
     rows = np.arange(n_rows)
     is_kept = rows * 16 // n_rows % 4 == 1
-    if np.count_nonzero(is_kept) < _FEWEST_KEPT:
-        return rows, rows[_spread(n_rows)]
-    kept = rows[is_kept]
-    return rows[~is_kept], kept[_spread(len(kept))]
+    if np.count_nonzero(is_kept) >= _FEWEST_KEPT:
+        kept = rows[is_kept]
+        return [(rows[~is_kept], kept[_spread(len(kept))])]
+    is_second = rows * 8 // n_rows % 2 == 1
+    halves = rows[~is_second], rows[is_second]
+    return [(fitted, kept) for fitted, kept in (halves, halves[::-1]) if len(kept)]
 
 
 def _hidden(gate: Floats, up: Floats, states: Floats, activation: str) -> Floats:

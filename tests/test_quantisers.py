@@ -185,6 +185,20 @@ def test_a_sample_of_outputs_tells_the_error_of_all(monkeypatch: pytest.MonkeyPa
     assert np.abs(np.log(sampled / option_errors(gate, up, down, formats, quantiser, x, importance))).max() < 0.25
 
 
+@pytest.mark.parametrize("n", [40, 100])
+def test_errors_of_a_rare_expert_are_those_of_rows_that_it_was_not_fitted_to(n: int) -> None:
+    gate, up, down, _, _ = expert()
+    x, fresh = rows(n, 64), rows(n + 2000, 64)[n:]  # of the same mixture
+    format, one = FORMATS["int2"], np.ones(len(fresh), np.float32)
+    told = option_errors(gate, up, down, [format], "gptq", x, one[:n])[2, 0]
+    found = quantise_expert(gate, up, down, [None, None, format], "gptq", x, one[:n]).matrices[2]
+    assert found is not None
+    missing = activate(fresh @ gate.T, fresh @ up.T, "silu") @ (down - found.to_float()).T
+    assert told > 0.8 * np.square(missing).sum(axis=1).mean()
+    alone = option_errors(gate, up, down, [format], "gptq", x[:1], one[:1])
+    assert np.array_equal(alone, option_errors(gate, up, down, [format], "hqq", x[:1], one[:1]))  # knows nothing
+
+
 def test_down_makes_good_what_gate_and_up_miss() -> None:
     gate, up, down, x, importance = expert()
     fresh = rows(2400, 64)[700:]  # of the same mixture

@@ -30,7 +30,7 @@ from edgert.quantising import Bench, make_tiles, measure_sensitivity, put_layer,
 from edgert.tile_store import TileStore
 from edgert.trial import Trial
 
-_FEW = ("int2", "int2-min", "int3", "int3-min", "int4", "int4-min", "int5", "int6", "int8")  # of all quantisers
+_FEW = ("int2", "int3", "int4", "int5", "int6", "int8")  # of all quantisers
 _TWO_LEVEL = ("int2-k", "int3-k", "int4-k", "int5-k", "int6-k")
 
 
@@ -98,7 +98,7 @@ class Study:
         fit = [f for f in fit if config.d_model % f.block == 0 and config.d_expert % f.block == 0]
         for quantiser in quantisers:
             for format in fit:
-                if quantiser == quantisers[-1] or format.name in (*_FEW, *_TWO_LEVEL):
+                if quantiser == quantisers[-1] or format.name in _FEW:
                     yield self.row(format.name, uniform(format, config, quantiser=quantiser))
 
     def mixed_rows(self, sizes: Sequence[float]) -> Iterator[Row]:
