@@ -56,6 +56,7 @@ class Goal:
             raise OptionError("--objective speed needs to know what the runtime will have: add --memory 2GiB")
         if self.objective == "speed" and self.method == "edgemoe":
             raise OptionError("--method edgemoe knows no speed: leave --objective speed away")
+        check_quantiser(self.quantiser)
         if self.format is not None and self.format not in FORMATS:
             raise OptionError(f"--format {self.format!r} is not known; use one such as int4, int3-g64-min or int4-k")
         if self.hot and self.hot not in HOT_WIDTHS:
@@ -66,6 +67,14 @@ class Goal:
     def as_document(self) -> dict[str, Any]:
         """What was asked, for the manifest."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def check_quantiser(name: str) -> None:
+    """OptionError, before anything is loaded, for a quantiser that there is not."""
+    from edgert.quant.quantisers import QUANTISERS  # numba comes with it
+
+    if name not in QUANTISERS:
+        raise OptionError(f"--quantiser {name!r} is not known; use one of {', '.join(QUANTISERS)}")
 
 
 def parse_loss(text: str) -> float:

@@ -220,6 +220,7 @@ def test_sizes_are_bits_per_weight_or_bytes() -> None:
         ({"format": "int4", "loss": 0.02}, "leave --loss"),
         ({"format": "int7"}, "int7"),
         ({"loss": 0.02, "hot": 3}, "--hot 3"),
+        ({"loss": 0.02, "quantiser": "GPTQ"}, "--quantiser 'GPTQ' is not known; use one of rtn, hqq, awq, gptq"),
         ({"loss": 0.02, "objective": "speed", "memory": 1 << 30, "method": "edgemoe"}, "no speed"),
         ({"loss": 0.02, "objective": "speed"}, "add --memory"),
     ],

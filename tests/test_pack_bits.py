@@ -193,6 +193,14 @@ def test_what_the_command_prints(tmp_path: Path, model: Path, place: Path, profi
         (["--loss", "2%", "--size", "3bpw"], "either"),
         (["--profile", str(model), "--size", "3bpw"], "not a profile"),
         (["--hot", "8"], "--loss 2%"),
+        (["--hot", "0"], "--hot is for choosing bits: add --loss 2%"),
+        (["--loss", "2%", "--proof", str(tmp_path / "absent.txt")], "absent.txt"),
     ):
         result = RUN.invoke(app, ["pack", str(model), str(out), *extra])
         assert result.exit_code != 0 and message in result.output.replace("\n", " "), result.output
+
+
+@pytest.mark.parametrize("words", [["--loss", "2%"], ["--format", "int4"]])
+def test_an_unknown_quantiser_is_refused_before_the_model_is_looked_for(tmp_path: Path, words: list[str]) -> None:
+    result = RUN.invoke(app, ["pack", str(tmp_path / "absent.gguf"), *words, "--quantiser", "best"])
+    assert result.exit_code == 2 and "--quantiser 'best' is not known; use one of rtn, hqq," in result.output

@@ -84,6 +84,10 @@ REFUSED = {
     "an empty corpus": (["m.gguf", "--corpus", "empty.txt"], "empty.txt holds nothing"),
     "a share": (["m.gguf", "--held-out", "lots"], "--held-out lots must be a share from 0 to below 100%"),
     "a share of all": (["m.gguf", "--held-out", "100%"], "--held-out 100% must be a share"),
+    "a quantiser": (
+        ["absent.gguf", "--quantiser", "gtpq"],
+        "--quantiser 'gtpq' is not known; use one of rtn, hqq, awq, gptq",
+    ),
     "a folder that is absent": (["m.gguf", "--out", "no/p.npz"], "no/p.npz cannot be written (No such file"),
     "a folder": (["m.gguf", "--out", "."], ". is there already, and is no profile"),
     "one to merge": (["--merge", "a.npz", "--out", "c.npz"], "--merge names one profile"),

@@ -89,12 +89,14 @@ def pack(
     words = {"loss": loss, "size": size, "objective": objective, "method": method, "format": format}
     others = {"quantiser": quantiser, "hot": hot}
     if all(value is None for value in words.values()):
-        given = [name for name, value in {**others, "profile": profile, "proof": proof, "dask": dask}.items() if value]
+        told = {**others, "profile": profile, "proof": proof, "dask": dask}
+        given = [name for name, value in told.items() if value is not None]
         if given:
             raise OptionError(f"--{given[0]} is for choosing bits: add --loss 2%, --size 3.0bpw or --format int4")
         _pack_as_it_is(source, out, json)
         return
     goal = _goal({**words, **others}, chosen.runtime.get("memory"))
+    text = None if proof is None else read_file(proof)
     with reporting("packing") as report:
         from edgert.pack import default_out
         from edgert.pack_bits import Request, pack_bits, profile_for, work_of
@@ -105,7 +107,6 @@ def pack(
             options.pop("memory")
         try:
             found = profile_for(source, profile, work_of(target), report, options)
-            text = None if proof is None else read_file(proof)
             request = Request(source, target, found, goal, text, str(proof or ""), dask, options)
             packed = pack_bits(request, report)
         except KeyboardInterrupt:

@@ -41,7 +41,9 @@ HeldOut = Annotated[
         help="Keep back this share of each text, to prove on; no more than is calibrated on. 0 keeps none.",
     ),
 ]
-Quantiser = Annotated[str, typer.Option("--quantiser", metavar="NAME", help="What sensitivity is measured with.")]
+Quantiser = Annotated[
+    str, typer.Option("--quantiser", metavar="NAME", help="What sensitivity is measured with: rtn, hqq, awq or gptq.")
+]
 NoSensitivity = Annotated[bool, typer.Option("--no-sensitivity", help="Do not measure what quantising would cost.")]
 Merge = Annotated[
     list[str] | None,
@@ -90,6 +92,9 @@ def profile(
 
     Without --corpus the model writes text itself. What an interrupted run did is not done again.
     """
+    from edgert.goal import check_quantiser
+
+    check_quantiser(quantiser)
     if merge:
         _show_merged(_merged(merge, out, model, corpus), json)
         return
