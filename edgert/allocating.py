@@ -1,19 +1,20 @@
 """From what quantising costs to formats for every expert: sizes and losses of a model as a problem, and its solutions.
 
-Each projection of each expert is an item, each format that fits it an option. Experts that calibration never reached
-stay at four bits: nothing is known of them.
+Each projection of each expert is an item, each format that fits it an option; layers without experts have no items.
+Experts that calibration never reached stay at four bits: nothing is known of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgert.bits import PROJECTIONS, Bits, expert_shapes
+from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes
 from edgert.errors import OptionError
-from edgert.experts.allocation import Allocation, Numbers, allocate
+from edgert.experts.allocation import Allocation, Numbers, allocate_few
 from edgert.experts.profile import Sensitivity
 from edgert.experts.speed_allocation import Options, Tier, allocate_for_speed
 from edgert.experts.trace import Trace
@@ -38,14 +39,23 @@ class Solution:
 
 
 class Problem:
-    """Sizes and expected losses of every option of a model."""
+    """Sizes and expected losses of every option of a model.
+
+    layers: those that have experts: in them every token was routed somewhere. sizes, losses, allowed: (n_items,
+    n_formats), items by layer of these, expert and projection.
+    """
 
     def __init__(self, sensitivity: Sensitivity, config: ModelConfig, hot: Format | None = None) -> None:
         assert config.router is not None
         self._sensitivity, self._hot = sensitivity, hot
         self._formats = tuple(FORMATS[name] for name in sensitivity.formats)
         self.shapes = expert_shapes(config)
-        n_layers, n_expert, _, n_formats = sensitivity.errors.shape
+        self.layers: Ids = np.flatnonzero(sensitivity.rows.any(axis=1))
+        if not len(self.layers):
+            raise OptionError(
+                "no token was routed to any expert when the profile was made; make it again, on more text"
+            )
+        n_expert, n_formats = sensitivity.rows.shape[1], len(self._formats)
         fits = np.array([[shape[1] % format.block == 0 for format in self._formats] for shape in self.shapes])
         if not fits.any(axis=1).all():
             raise OptionError(
@@ -53,26 +63,22 @@ class Problem:
                 "of 32; experts of this model stay as they are"
             )
         sizes = np.array([[format.matrix_bytes(*shape) for format in self._formats] for shape in self.shapes])
-        self._shape = (n_layers, n_expert, len(PROJECTIONS))
-        full = (*self._shape, n_formats)
-        self.routed = sensitivity.rows > 0  # (n_layers, n_expert)
-        allowed = np.broadcast_to(fits, full) & (
-            self.routed[..., None, None] | (np.array(self._formats) == FORMATS[BASE])
-        )
-        self.allowed = np.ascontiguousarray(allowed).reshape(-1, n_formats)
-        self.sizes: Ids = np.ascontiguousarray(np.broadcast_to(sizes, full)).reshape(-1, n_formats).astype(np.int64)
-        self.losses: Numbers = np.where(self.allowed, sensitivity.loss().reshape(-1, n_formats), 0.0).astype(np.float64)
+        self._shape = (len(self.layers), n_expert, len(PROJECTIONS), n_formats)
+        routed = sensitivity.rows[self.layers] > 0  # (layers that have experts, n_expert)
+        self.never_routed = [(int(self.layers[place]), expert) for place, expert in np.argwhere(~routed).tolist()]
+        self.allowed = self._items(fits & (routed[..., None, None] | (np.array(self._formats) == FORMATS[BASE])))
+        self.sizes: Ids = self._items(sizes.astype(np.int64))
+        losses = self._items(sensitivity.loss()[self.layers]).astype(np.float64)
+        self.losses: Numbers = np.where(self.allowed, losses, 0.0)
+
+    def _items(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A table that fits (layers that have experts, n_expert, n_projections, n_formats), by items."""
+        return np.ascontiguousarray(np.broadcast_to(table, self._shape)).reshape(-1, self._shape[-1])
 
     @property
     def n_weights(self) -> int:
         """Weights of all experts."""
-        n_layers, n_expert, n_projections = self._shape
-        return n_layers * n_expert * n_projections * self.shapes[0][0] * self.shapes[0][1]
-
-    @property
-    def never_routed(self) -> list[tuple[int, int]]:
-        """Layer and number of each expert that calibration never reached."""
-        return [(layer, expert) for layer, expert in np.argwhere(~self.routed).tolist()]
+        return len(self.sizes) * self.shapes[0][0] * self.shapes[0][1]
 
     @property
     def most_bytes(self) -> int:
@@ -97,11 +103,12 @@ class Problem:
 
     def fastest(self, trace: Trace, tier: Tier, loss: float, progress: Progress) -> Solution:
         """The least expected time a token within an expected loss, with experts on flash; see speed_allocation."""
-        shape = (*self._shape, len(self._formats))
-        sizes: Ids = self.sizes.reshape(shape)
-        use_s: Numbers = sizes.astype(np.float64) * READ_S
-        options = Options(sizes, self.losses.reshape(shape), use_s, self.allowed.reshape(shape))
-        return self.solution(allocate_for_speed(trace, options, tier, loss, progress).allocation)
+        ids, weights = trace.ids[self.layers], trace.weights[self.layers]
+        routes = Trace.without_scores(trace.model, trace.record_bytes[self.layers], ids, weights)
+        sizes = self.sizes.reshape(self._shape)
+        losses, allowed = self.losses.reshape(self._shape), self.allowed.reshape(self._shape)
+        options = Options(sizes, losses, sizes.astype(np.float64) * READ_S, allowed, _MOST_FORMATS)
+        return self.solution(allocate_for_speed(routes, options, tier, loss, progress).allocation)
 
     def within_records(self, n_bytes: int) -> Solution:
         """The least loss whose records, with their padding, take at most so many bytes."""
@@ -121,40 +128,26 @@ class Problem:
                 high = middle
         return best
 
-    def _solve(self, most_bytes: int | None = None, most_loss: float | None = None) -> Solution:
-        """Solve, then once more with the formats that hold most of it: each takes time to compile."""
-        allowed = self.allowed
-        while True:
-            found = allocate(self.sizes, self.losses, most_bytes=most_bytes, most_loss=most_loss, allowed=allowed)
-            used = np.bincount(found.choice, minlength=len(self._formats))
-            if np.count_nonzero(used) <= _MOST_FORMATS:
-                return self.solution(found)
-            allowed = self._without(allowed, used)
-
-    def _without(self, allowed: npt.NDArray[np.bool_], used: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """What is allowed without the format that is used least, wherever there is another as large or larger."""
-        for place in np.argsort(np.where(used > 0, used, 1 << 60), kind="stable"):
-            fewer = allowed.copy()
-            fewer[:, place] = False
-            spared = fewer.any(axis=1)
-            fewer[~spared] = allowed[~spared]
-            if not np.array_equal(fewer, allowed):
-                return fewer
-        return allowed
+    def _solve(self, **limit: Any) -> Solution:
+        return self.solution(
+            allocate_few(self.sizes, self.losses, most_options=_MOST_FORMATS, allowed=self.allowed, **limit)
+        )
 
     def solution(self, found: Allocation) -> Solution:
         """An allocation of this problem's items as formats."""
-        bits = Bits(self._formats, found.choice.reshape(self._shape), self._hot, self._sensitivity.quantiser)
+        choice = np.full((*self._sensitivity.rows.shape, len(PROJECTIONS)), AS_SOURCE, np.int64)
+        choice[self.layers] = found.choice.reshape(self._shape[:3])
+        bits = Bits(self._formats, choice, self._hot, self._sensitivity.quantiser)
         return Solution(bits, found.n_bytes, found.loss, found.bound)
 
 
 def record_bytes(shapes: tuple[tuple[int, int], ...], bits: Bits) -> int:
-    """Bytes of all experts' records, each padded to whole pages."""
+    """Bytes of all experts' records, each padded to whole pages; none where there are no experts."""
     total, sizes = 0, dict[tuple[Format | None, ...], int]()
     for layer, expert in np.ndindex(*bits.choice.shape[:2]):
         formats = bits.of(layer, expert)
         if formats not in sizes:
             pairs = [(shape, format) for shape, format in zip(shapes, formats, strict=True) if format is not None]
-            sizes[formats] = record_size(place_parts(pairs))
+            sizes[formats] = record_size(place_parts(pairs)) if pairs else 0
         total += sizes[formats]
     return total

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgert import perplexity
 from edgert.allocating import Problem, Solution
-from edgert.bits import PROJECTIONS, Bits, expert_shapes, hot_format
+from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes, hot_format
 from edgert.edgemoe import low_bits, try_alone
 from edgert.errors import OptionError
 from edgert.experts.allocation import Mask
@@ -303,11 +303,11 @@ def uniform(format: Format, config: ModelConfig, **others: Any) -> Bits:
 
 
 def described(bits: Bits, config: ModelConfig) -> dict[str, Any]:
-    """What a manifest says of the bits, beside what was asked."""
-    shapes = expert_shapes(config)
+    """What a manifest says of the bits, beside what was asked; of what is quantised."""
+    shapes, chosen = expert_shapes(config), bits.choice != AS_SOURCE
     sizes = np.array([[format.matrix_bytes(*shape) for format in bits.formats] for shape in shapes])
-    n_bytes = sum(int(sizes[place, bits.choice[:, :, place]].sum()) for place in range(len(shapes)))
-    n_weights = math.prod(bits.choice.shape) * math.prod(shapes[0])
+    n_bytes = sum(int(sizes[place, bits.choice[chosen[..., place], place]].sum()) for place in range(len(shapes)))
+    n_weights = int(chosen.sum()) * math.prod(shapes[0])
     hot = "" if bits.hot is None else bits.hot.name
     size = round(8 * n_bytes / n_weights, 4)
     return {"quantiser": bits.quantiser, "hot": hot, "bytes": n_bytes, "bits_per_weight": size}

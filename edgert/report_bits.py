@@ -28,7 +28,7 @@ def loss(subject: Subject, found: Loss, measured: Proof | None) -> Section:
     """Expected loss by size, for the best mixes and for one format for all; measured: of the bundle."""
     sensitivity = subject.profile.sensitivity
     assert sensitivity is not None
-    n_weights = found.bits.size * subject.weights_per_expert
+    n_weights = int(np.isfinite(found.bits).sum()) * subject.weights_per_expert  # layers may be without experts
 
     def row(name: str, point: Point) -> list[str]:
         return [name, f"{point.bits:.2f}", size(point.bits * n_weights / 8), increase(point.increase)]
@@ -85,7 +85,7 @@ def _draw_loss(found: Loss, measured: Proof | None) -> str:
             axes.plot(chosen.bits, 100 * chosen.increase, "D", color=INK, markersize=7)
             _name(axes, chosen._replace(name=f"chosen: {chosen.bits:.2f} bits"), INK, left=True)
         if measured is not None:
-            _draw_measured(axes, float(found.bits.mean()), measured)
+            _draw_measured(axes, float(np.nanmean(found.bits)), measured)
         return drawing.svg("Expected increase of perplexity by bits per weight, best mixes and single formats")
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgert.allocating import Problem
-from edgert.bits import Bits
+from edgert.bits import AS_SOURCE, Bits
 from edgert.errors import OptionError
 from edgert.proof import Proof
 from edgert.quant.formats import FORMATS
@@ -49,7 +49,7 @@ def loss_curve(subject: Subject) -> Loss | None:
         return None
     try:
         problem = Problem(sensitivity, subject.config)
-    except OptionError:  # no format fits
+    except OptionError:  # no format fits, or nothing was routed
         return None
     least, most = problem.smallest().n_bytes, problem.most_bytes
     limits = np.linspace(least, most, _POINTS).astype(np.int64).tolist()
@@ -61,7 +61,7 @@ def loss_curve(subject: Subject) -> Loss | None:
             found = problem.largest()
         chosen = _point("", problem, found.n_bytes, found.loss)
         return Loss(mixes, _uniform(subject, problem), chosen, _bits_by_expert(subject, found.bits))
-    choice = _packed(subject, sensitivity.formats)
+    choice = _packed(subject, problem, sensitivity.formats)
     of_bundle = None if choice is None else _point_of(problem, choice)
     return Loss(mixes, _uniform(subject, problem), of_bundle, packed)
 
@@ -73,11 +73,11 @@ def proof_of(subject: Subject) -> Proof | None:
     return Proof.from_document(subject.bundle.manifest.proof, f"{subject.path}: its proof")
 
 
-def _packed(subject: Subject, formats: tuple[str, ...]) -> Ids | None:
+def _packed(subject: Subject, problem: Problem, formats: tuple[str, ...]) -> Ids | None:
     """The options that a bundle's experts have, (n_items,); None if one has a format whose loss was not measured."""
     names, numbers = subject.formats(), {name: number for number, name in enumerate(formats)}
     assert names is not None
-    found = [numbers.get(name, -1) for name in names.reshape(-1).tolist()]
+    found = [numbers.get(name, -1) for name in names[problem.layers].reshape(-1).tolist()]
     return None if -1 in found else np.array(found)
 
 
@@ -101,8 +101,9 @@ def _uniform(subject: Subject, problem: Problem) -> list[Point]:
 
 
 def _bits_by_expert(subject: Subject, bits: Bits) -> Floats:
-    """Bits per weight of each expert, (n_layers, n_expert)."""
-    table = np.array([[format.matrix_bytes(*shape) for format in bits.formats] for shape in subject.shapes])
+    """Bits per weight of each expert, (n_layers, n_expert), NaN where there are none."""
+    table = np.array([[*(f.matrix_bytes(*shape) for f in bits.formats), np.nan] for shape in subject.shapes])
+    assert AS_SOURCE == -1, "the last of each row"
     n_bytes = sum(table[place][bits.choice[..., place]] for place in range(len(subject.shapes)))
     found: Floats = (8 * n_bytes / subject.weights_per_expert).astype(np.float32)
     return found

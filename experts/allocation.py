@@ -28,6 +28,7 @@ class Allocation:
 
     minimised: the sum that was to be small (loss within a size; bytes, or costs, within a loss). bound: no choice
     within the limit has less of it, to rounding; and of the costliest step of an item, less than one lies between.
+    price: what a limit higher by one would save of it, 0 where nothing would.
     """
 
     choice: Ids
@@ -35,6 +36,7 @@ class Allocation:
     loss: float
     minimised: float
     bound: float
+    price: float
 
 
 def allocate(
@@ -66,7 +68,57 @@ def allocate(
         solution = _solve(sizes.astype(np.float64), losses, most_bytes, allowed)
     items = np.arange(len(sizes))
     n_bytes, loss = int(sizes[items, solution.choice].sum()), math.fsum(losses[items, solution.choice])
-    return Allocation(solution.choice, n_bytes, loss, solution.value, solution.bound)
+    return Allocation(solution.choice, n_bytes, loss, solution.value, solution.bound, solution.price)
+
+
+def allocate_few(
+    sizes: Ids,
+    losses: Numbers,
+    *,
+    most_options: int,
+    most_bytes: int | None = None,
+    most_loss: float | None = None,
+    costs: Numbers | None = None,
+    allowed: Mask | None = None,
+) -> Allocation:
+    """As `allocate`, with at most so many of the options in use, all items together, as far as the limit lets it.
+
+    They are given up one by one: first the one whose items lose least with their next best at the price of the limit.
+    Leaving out the one that fewest items use loses several times as much: many of those may have nothing like it. What
+    is the only option of some item stays.
+    """
+    allowed = np.ones(sizes.shape, np.bool_) if allowed is None else allowed
+
+    def solve(allowed: Mask) -> Allocation:
+        return allocate(sizes, losses, most_bytes=most_bytes, most_loss=most_loss, costs=costs, allowed=allowed)
+
+    found = solve(allowed)
+    values = losses if most_loss is None else sizes if costs is None else costs
+    weights = sizes if most_loss is None else losses
+    while len(used := np.unique(found.choice)) > most_options:
+        kept = (allowed & (np.count_nonzero(allowed, axis=1) == 1)[:, None]).any(axis=0)
+        spared = used[~kept[used]]
+        if not len(spared):
+            break
+        allowed = allowed.copy()
+        totals = np.where(allowed, values + found.price * weights, np.inf)
+        allowed[:, _least_missed(totals, spared)] = False
+        try:
+            found = solve(allowed)
+        except OptionError:  # the limit asks for it
+            break
+    return found
+
+
+def _least_missed(totals: Numbers, options: Ids) -> int:
+    """Which of the options is left out with the least rise of all items' best totals; each item has another."""
+    best = totals.min(axis=1)
+    rises = []
+    for option in options.tolist():
+        others = totals.copy()
+        others[:, option] = np.inf
+        rises.append(float((others.min(axis=1) - best).sum()))
+    return int(options[np.argmin(rises)])
 
 
 def _check(sizes: Ids, losses: Numbers, allowed: Mask) -> None:
@@ -96,6 +148,7 @@ class _Solution(NamedTuple):
     choice: Ids
     value: float
     bound: float
+    price: float
 
 
 class _Steps(NamedTuple):
@@ -124,11 +177,12 @@ def _solve(weights: Numbers, values: Numbers, limit: float, allowed: Mask) -> _S
     while total(weights, after(taken)) > limit:  # sums of many numbers are rounded
         taken -= 1
     found = after(taken)
-    bound, room = total(values, found), limit - total(weights, found)
+    bound, room, price = total(values, found), limit - total(weights, found), 0.0
     if taken < len(steps.items):  # the relaxation takes a part of the step that does not fit
         bound -= float(min(1.0, room / steps.weights[taken]) * steps.values[taken])
+        price = float(steps.values[taken] / steps.weights[taken])
     _fill(found, steps, taken, weights, values, limit, allowed)
-    return _Solution(found, total(values, found), bound)
+    return _Solution(found, total(values, found), bound, price)
 
 
 def _hulls(weights: Numbers, values: Numbers, allowed: Mask) -> tuple[Ids, _Steps]:

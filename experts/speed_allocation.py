@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from edgert.experts.allocation import Allocation, Mask, Numbers, allocate
+from edgert.experts.allocation import Allocation, Mask, Numbers, allocate_few
 from edgert.experts.choice import DEFAULT_POLICY
 from edgert.experts.policies import make_policy
 from edgert.experts.profile import Domain, Profile, normalised
@@ -66,12 +67,13 @@ class FastAllocation:
 @dataclass(frozen=True)
 class Options:
     """What there is to choose from: sizes in bytes, losses, seconds of arithmetic at each use, and whether it is
-    allowed; each (n_layers, n_expert, n_projections, n_options)."""
+    allowed; each (n_layers, n_expert, n_projections, n_options). most: how many options may be in use together."""
 
     sizes: Ids
     losses: Numbers
     use_s: Numbers
     allowed: Mask
+    most: int
 
     def record_bytes(self, choice: Ids) -> Ids:
         """Bytes of the records (n_layers, n_expert) for a choice (n_items,), padding and all."""
@@ -101,8 +103,15 @@ def allocate_for_speed(
     on it than the choice of the fewest bytes, from which it starts. OptionError where no choice keeps the loss.
     """
     replayed, seen = Replayed(trace, options, tier), set[bytes]()
-    sizes, losses, allowed = (_items(table) for table in (options.sizes, options.losses, options.allowed))
-    smallest = found = allocate(sizes, losses, most_loss=most_loss, allowed=allowed)
+    solve = partial(
+        allocate_few,
+        _items(options.sizes),
+        _items(options.losses),
+        most_options=options.most,
+        most_loss=most_loss,
+        allowed=_items(options.allowed),
+    )
+    smallest = found = solve()
     tried, prices = list[tuple[Speed, Allocation]](), None
     while len(tried) <= _ROUNDS and found.choice.tobytes() not in seen:
         progress("replaying routes with the bits chosen", len(tried) / (_ROUNDS + 1))
@@ -111,7 +120,7 @@ def allocate_for_speed(
         seen.add(found.choice.tobytes())
         prices = new if prices is None else _NEW * new + (1.0 - _NEW) * prices
         costs = prices[..., None, None] * options.sizes + replayed.used[..., None, None] * options.use_s
-        found = allocate(sizes, losses, most_loss=most_loss, costs=_items(costs), allowed=allowed)
+        found = solve(costs=_items(costs))
     speed, best = min(tried, key=lambda one: one[0].total_s)
     return FastAllocation(best, speed, smallest, tried[0][0])
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgert.errors import OptionError
-from edgert.experts.allocation import Allocation, Mask, Numbers, allocate
+from edgert.experts.allocation import Allocation, Mask, Numbers, allocate, allocate_few
 from edgert.types import Ids
 
 Instance = tuple[Ids, Numbers, Mask]
@@ -133,6 +133,51 @@ def test_a_large_model_comes_within_a_thousandth_of_the_bound_and_the_order_of_o
     assert np.array_equal(order[allocate(sizes[:, order], losses[:, order], most_bytes=limit).choice], found.choice)
     back = allocate(sizes, losses, most_loss=found.loss)
     assert back.n_bytes <= 1.0001 * found.n_bytes and back.minimised <= 1.0001 * back.bound
+
+
+@given(instances(), st.floats(0, 1), st.integers(1, 4))
+def test_few_options_keep_the_limit_and_lose_no_less(instance: Instance, share: float, most: int) -> None:
+    sizes, losses, allowed = instance
+    limits = [int(total(sizes, choice)) for choice in all_choices(allowed)]
+    limit = min(limits) + int(share * (max(limits) - min(limits)))
+    found = allocate_few(sizes, losses, most_options=most, most_bytes=limit, allowed=allowed)
+    assert found.n_bytes == total(sizes, found.choice) <= limit
+    assert allowed[np.arange(len(sizes)), found.choice].all()
+    if len(set(found.choice.tolist())) > most:  # either nothing can be left out, or the limit is at its least
+        return
+    few = [choice for choice in all_choices(allowed) if len(set(choice.tolist())) <= most]
+    optimum = min(total(losses, choice) for choice in few if total(sizes, choice) <= limit)
+    assert found.loss >= optimum - 1e-9 * max(1.0, optimum)
+
+
+def test_the_options_given_up_are_those_that_others_stand_in_for() -> None:
+    random, n_items = np.random.default_rng(3), 600
+    bits = np.array([2.0, 2.1, 3.0, 4.0, 4.1, 8.0])  # some almost the same, the last for a few items
+    sizes = np.tile((bits * 1000).astype(np.int64), (n_items, 1))
+    losses = np.exp(random.normal(0, 1, (n_items, 1))) * 4.0**-bits
+    losses[:5] *= 1e5
+    limit = 3200 * n_items
+    whole = allocate(sizes, losses, most_bytes=limit)
+    used = np.bincount(whole.choice)
+    assert (used > 0).all() and used.argmin() == 5 and whole.price > 0
+    found = allocate_few(sizes, losses, most_options=4, most_bytes=limit)
+    kept = set(bits[found.choice].tolist())
+    assert len(kept) == 4 and kept >= {3.0, 8.0} and found.loss <= 1.03 * whole.loss
+    back = allocate_few(sizes, losses, most_options=4, most_loss=found.loss)
+    assert len(set(back.choice.tolist())) <= 4 and back.n_bytes <= 1.001 * found.n_bytes
+
+
+def test_the_only_option_of_an_item_stays_and_a_limit_that_asks_for_more_gets_them() -> None:
+    sizes, losses = np.array([[1, 2, 3]] * 4), np.array([[3.0, 2.0, 0.0]] * 4)
+    allowed = np.ones(sizes.shape, np.bool_)
+    allowed[0] = [False, True, False]
+    found = allocate_few(sizes, losses, most_options=1, most_bytes=8, allowed=allowed)
+    assert found.choice.tolist() == [1, 1, 1, 1]
+    allowed[1] = [True, False, False]
+    found = allocate_few(sizes, losses, most_options=1, most_bytes=9, allowed=allowed)
+    assert found.choice[:2].tolist() == [1, 0] and 2 not in found.choice
+    found = allocate_few(sizes, losses, most_options=1, most_loss=2.0 + 3.0, allowed=allowed)
+    assert found.choice.tolist() == [1, 0, 2, 2]
 
 
 @pytest.mark.parametrize(

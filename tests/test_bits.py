@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from edgert.allocating import Problem, record_bytes
 from edgert.architectures import read_config
 from edgert.bits import Bits, expert_shapes, fitting, hot_format
 from edgert.errors import OptionError
+from edgert.experts.allocation import allocate
 from edgert.experts.profile import Sensitivity
+from edgert.experts.speed_allocation import Tier
+from edgert.experts.trace import Trace
 from edgert.goal import Goal, parse_loss, parse_target
 from edgert.pack import Packing, pack_locked
+from edgert.pack_bits import described
 from edgert.pack_place import Place
 from edgert.quant.formats import FORMATS, Format
 from edgert.quant.quantisers import quantise
@@ -179,6 +184,81 @@ def test_an_expert_that_was_never_routed_to_stays_at_four_bits() -> None:
     assert problem.never_routed == [(0, 1)]
     for solution in (problem.smallest(), problem.largest()):
         assert {format.name for format in solution.bits.of(0, 1) if format} == {"int4"}
+
+
+def with_a_dense_layer(found: Sensitivity) -> Sensitivity:
+    """The same with a layer before the others in which nothing is routed; what it has of errors means nothing."""
+    rows, gains, errors = (
+        np.concatenate([fill, table]).astype(table.dtype)
+        for fill, table in (
+            (np.zeros_like(found.rows[:1]), found.rows),
+            (np.ones(1), found.gains),
+            (np.full_like(found.errors[:1], np.nan), found.errors),
+        )
+    )
+    return replace(found, rows=rows, gains=gains, errors=errors)
+
+
+def test_layers_without_experts_are_no_part_of_sizes_and_choices() -> None:
+    _, config = config_of("llama-f32")
+    problem = Problem(sensitivity(config), config)
+    deeper = Problem(with_a_dense_layer(sensitivity(config)), replace(config, n_layers=config.n_layers + 1))
+    assert deeper.layers.tolist() == [layer + 1 for layer in problem.layers.tolist()]
+    assert deeper.n_weights == problem.n_weights and deeper.most_bytes == problem.most_bytes
+    assert deeper.never_routed == [(1, 1)]
+    found, expected = (one.within_bytes(int(3.2 * problem.n_weights / 8)) for one in (deeper, problem))
+    assert (found.n_bytes, found.loss) == (expected.n_bytes, expected.loss)
+    assert np.array_equal(found.bits.choice[1:], expected.bits.choice)
+    assert found.bits.of(0, 0) == (None, None, None)
+    assert described(found.bits, config) == described(expected.bits, config)
+    assert record_bytes(deeper.shapes, found.bits) == record_bytes(problem.shapes, expected.bits)
+    nothing = sensitivity(config)
+    with pytest.raises(OptionError, match="no token was routed"):
+        Problem(replace(nothing, rows=np.zeros_like(nothing.rows)), config)
+
+
+def made_trace(found: Sensitivity, seed: int) -> Trace:
+    """Routes as often to each expert as its rows say; a layer without any has no records."""
+    random, n_expert = np.random.default_rng(seed), found.rows.shape[1]
+    chances = np.where(found.rows.any(axis=1, keepdims=True), found.rows, 1.0)
+    ids = np.array([random.choice(n_expert, (300, 1), p=row / row.sum()) for row in chances], np.uint8)
+    sizes = np.repeat(np.where(found.rows.any(axis=1), 4096, 0)[:, None], n_expert, axis=1)
+    return Trace.without_scores("made", sizes, ids, np.ones(ids.shape, np.float16))
+
+
+def quiet(stage: str, fraction: float) -> None:
+    """Progress that nobody looks at."""
+
+
+def test_bits_for_speed_keep_the_loss_and_skip_layers_without_experts() -> None:
+    _, config = config_of("llama-f32")
+    found = with_a_dense_layer(sensitivity(config))
+    problem, trace = Problem(found, config), made_trace(found, 1)
+    loss = problem.within_bytes(int(3.5 * problem.n_weights / 8)).loss
+    solution = problem.fastest(trace, Tier(problem.most_bytes // 4, 1e9), loss, quiet)
+    assert solution.loss <= loss and solution.n_bytes >= problem.within_loss(loss).n_bytes
+    assert solution.bits.of(0, 0) == (None, None, None) and solution.bits.choice.shape[0] == config.n_layers + 1
+
+
+def test_no_solution_uses_more_formats_than_are_worth_compiling() -> None:
+    _, config = config_of("llama-f32")
+    config = replace(config, d_model=256, d_expert=256)
+    names = ("int2-g128", "int2", "int2-k", "int3-g64", "int3", "int3-k", "int4-g128", "int4", "int4-k", "int5", "int8")
+    random, few = np.random.default_rng(4), sensitivity(config)
+    bits = np.array([8 * FORMATS[name].matrix_bytes(256, 256) / 256**2 for name in names])
+    errors = np.exp(random.normal(0, 3, (*few.rows.shape, 3, 1))) * 4.0**-bits
+    found = replace(few, formats=names, errors=errors.astype(np.float32))
+    problem, trace = Problem(found, config), made_trace(found, 2)
+    size = int(3.5 * problem.n_weights / 8)
+    loss = problem.within_bytes(size).loss
+    for solution in (
+        problem.within_bytes(size),
+        problem.within_loss(loss),
+        problem.fastest(trace, Tier(size // 3, 1e9), loss, quiet),
+    ):
+        assert solution.n_bytes <= 1.2 * size and solution.loss <= loss * 1.000001
+        assert 3 < len(np.unique(solution.bits.choice)) <= 8
+    assert len(np.unique(allocate(problem.sizes, problem.losses, most_bytes=size).choice)) > 8
 
 
 def test_records_with_their_padding_stay_within_a_size() -> None:

@@ -386,6 +386,22 @@ def test_a_bundle_shows_its_own_bits_and_memory(packed: Path, tmp_path: Path) ->
     assert all(re.fullmatch(r"[\d.,]+ MiB", row[2]) for row in tables_of(document)["what-if"][1:])
 
 
+def test_layers_without_experts_count_neither_as_weights_nor_as_bits() -> None:
+    pytest.importorskip("matplotlib")
+    profile = made_profile()
+    sensitivity = profile.sensitivity
+    assert sensitivity is not None
+    sizes, rows = profile.record_bytes.copy(), sensitivity.rows.copy()
+    sizes[0], rows[0] = 0, 0
+    found = replace(profile, record_bytes=sizes, sensitivity=replace(sensitivity, rows=rows))
+    curve = loss_curve(subject_of(found))
+    assert curve is not None and curve.chosen is not None
+    assert np.isnan(curve.bits[0]).all() and curve.bits[1:].mean() == pytest.approx(curve.chosen.bits)
+    tables = tables_of(render(subject_of(found), MACHINE))
+    assert sum(int(row[1]) for row in tables["widths"][1:]) == (N_LAYERS - 1) * N_EXPERT
+    assert tables["loss-sizes"][1][2] == "36.0 KiB"  # 16 experts of 3 * 2048 weights in 3 bits
+
+
 def test_the_loss_of_a_bundle_is_that_of_its_formats(packed: Path) -> None:
     subject = open_subject(packed)
     profile = subject.profile

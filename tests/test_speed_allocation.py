@@ -36,7 +36,7 @@ def options() -> Options:
     losses = used[..., None, None] * np.exp(random.normal(0, 0.5, (*SHAPE, 1))) * 4.0**-BITS
     sizes = np.broadcast_to((BITS * 100_000 / 8).astype(np.int64), losses.shape).copy()
     sizes[1], losses[1] = 0, 0.0
-    return Options(sizes, losses, sizes / 20e9, np.ones(losses.shape, np.bool_))
+    return Options(sizes, losses, sizes / 20e9, np.ones(losses.shape, np.bool_), len(BITS))
 
 
 def test_it_is_faster_than_the_smallest_choice_also_on_other_routes(options: Options) -> None:
