@@ -5,7 +5,6 @@ Knows how the parts fit together; each part knows nothing of the others. Calls f
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -19,15 +18,16 @@ import numpy as np
 
 from edgert import perplexity
 from edgert.chat_template import ChatTemplate
-from edgert.errors import BusyError, ContextLengthError, EdgertError, OptionError
+from edgert.errors import ContextLengthError, EdgertError, OptionError
 from edgert.generation import Completion, StopRules, Stream, TokenEvent, TokenLogprob, Usage
 from edgert.loading import Parts, load_parts
 from edgert.memory import MemoryPlan, parse_size
 from edgert.sampling import Sampler, Sampling
 from edgert.streaming import prefetch_state
 from edgert.tokenizer import Tokenizer
+from edgert.turn import Turn
 from edgert.types import Floats, ModelConfig
-from edgert.weights import Progress
+from edgert.weights import Progress, silent
 
 if TYPE_CHECKING:
     from edgert.bench import Report
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from edgert.experts.prefetch_control import Mode
 
 Messages = Sequence[Mapping[str, Any]]
-_CANCEL_POLL_S = 0.1  # how often an answer that waits for its turn looks whether it is still wanted
 
 
 def load(
@@ -80,59 +79,10 @@ def load(
             device=device,
             kv_type=kv_type,
             activations=activations,
-            progress=progress or _silent,
+            progress=progress or silent,
             reserved=reserved,
         )
     )
-
-
-class _Turn:
-    """Whose turn it is: one answer or measurement at a time, other threads wait for theirs.
-
-    A turn belongs to the answer: any thread may read it on, or end it. The thread that read it last cannot ask for
-    another turn, because it would wait for itself, and is told so.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._reader: threading.Thread | None = None
-        self._process = os.getpid()
-
-    @property
-    def forked(self) -> bool:
-        """Whether this is a child of the process that loaded the model: it has the memory, but not the threads."""
-        return os.getpid() != self._process
-
-    def take(self, cancelled: threading.Event | None = None) -> bool:
-        """Wait for the model; False if `cancelled` was set meanwhile."""
-        self._check_process()
-        if self._reader is threading.current_thread():
-            raise BusyError("this thread still reads another answer of this model: finish or close() that stream first")
-        while not self._lock.acquire(timeout=-1 if cancelled is None else _CANCEL_POLL_S):
-            if cancelled is not None and cancelled.is_set():
-                return False
-        self._reader = threading.current_thread()
-        return True
-
-    def go_on(self) -> None:
-        """The answer is read on, by this thread."""
-        self._check_process()
-        self._reader = threading.current_thread()
-
-    def give_back(self) -> None:
-        """Let the next one have it; any thread may."""
-        self._reader = None
-        self._lock.release()
-
-    def _check_process(self) -> None:
-        if self.forked:
-            raise EdgertError("this model was loaded before fork; load it in the child, or use the spawn start method")
-
-    def __enter__(self) -> None:
-        self.take()
-
-    def __exit__(self, *_: object) -> None:
-        self.give_back()
 
 
 @dataclass
@@ -160,7 +110,7 @@ class Model:
         self.memory: MemoryPlan = parts.memory  # what goes where, and a warning if it is tight
         self.n_context: int = parts.session.cache.n_context
         self._parts: Parts | None = parts  # None once closed
-        self._turn = _Turn()
+        self._turn = Turn()
         self._stream: weakref.ref[Stream] | None = None  # the one that has the turn, or had it last
         self._closing = False
 
@@ -410,7 +360,7 @@ class Model:
         limit = None if memory is None else parse_size(memory)
         with self._turn:
             return bench.measure(
-                self._open(), tests or bench.DEFAULT, repetitions, limit, progress or _silent, steady=steady
+                self._open(), tests or bench.DEFAULT, repetitions, limit, progress or silent, steady=steady
             )
 
     def summary(self) -> dict[str, Any]:
@@ -431,10 +381,6 @@ class Model:
         if self._parts is None or self._closing:
             raise EdgertError("this model is closed; load it again")
         return self._parts
-
-
-def _silent(stage: str, fraction: float) -> None:
-    """Progress that nobody looks at."""
 
 
 def _handed_out(answer: Stream, request: _Request) -> Stream:

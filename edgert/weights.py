@@ -24,6 +24,10 @@ Progress = Callable[[str, float], None]  # called with (stage, fraction from 0 t
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
+def silent(stage: str, fraction: float) -> None:
+    """Progress that nobody looks at."""
+
+
 class HotTensor(NamedTuple):
     """What is always resident under one name: a matrix, or a vector, which is read when it is asked for."""
 

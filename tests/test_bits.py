@@ -29,7 +29,7 @@ from edgert.storage.bundle import Bundle
 from edgert.storage.gguf_file import GgufFile
 from edgert.tile_store import TileStore
 from edgert.types import ModelConfig
-from edgert.weights import Weights
+from edgert.weights import Weights, silent
 from tests.models import golden_path
 
 NAMES = ("int2", "int3", "int4", "int8")
@@ -74,7 +74,7 @@ def packed(path: Path, out: Path, bits: Bits, tiles: dict[tuple[int, int, int], 
     """A bundle with those bits."""
     with contextlib.closing(GgufFile.open(path)) as file:
         source = RequantisedSource(file, bits, lambda place, first, n: tiles[place][first : first + n])
-        packing = Packing(file, lambda stage, fraction: None, source)
+        packing = Packing(file, silent, source)
         packing.manifest.bits = {"asked": {"bits": bits.digest()}}
 
         def run(place: Place) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def packed(path: Path, out: Path, bits: Bits, tiles: dict[tuple[int, int, int], 
             place.publish()
             return written
 
-        pack_locked(file, path, out, {"bits": bits.digest()}, lambda stage, fraction: None, run)
+        pack_locked(file, path, out, {"bits": bits.digest()}, silent, run)
 
 
 @pytest.mark.parametrize("name", ["llama-f32", "qwen3moe-f32", "granitemoe-shared-f32"])
@@ -226,16 +226,12 @@ def made_trace(found: Sensitivity, seed: int) -> Trace:
     return Trace.without_scores("made", sizes, ids, np.ones(ids.shape, np.float16))
 
 
-def quiet(stage: str, fraction: float) -> None:
-    """Progress that nobody looks at."""
-
-
 def test_bits_for_speed_keep_the_loss_and_skip_layers_without_experts() -> None:
     _, config = config_of("llama-f32")
     found = with_a_dense_layer(sensitivity(config))
     problem, trace = Problem(found, config), made_trace(found, 1)
     loss = problem.within_bytes(int(3.5 * problem.n_weights / 8)).loss
-    solution = problem.fastest(trace, Tier(problem.most_bytes // 4, 1e9), loss, quiet)
+    solution = problem.fastest(trace, Tier(problem.most_bytes // 4, 1e9), loss, silent)
     assert solution.loss <= loss and solution.n_bytes >= problem.within_loss(loss).n_bytes
     assert solution.bits.of(0, 0) == (None, None, None) and solution.bits.choice.shape[0] == config.n_layers + 1
 
@@ -254,7 +250,7 @@ def test_no_solution_uses_more_formats_than_are_worth_compiling() -> None:
     for solution in (
         problem.within_bytes(size),
         problem.within_loss(loss),
-        problem.fastest(trace, Tier(size // 3, 1e9), loss, quiet),
+        problem.fastest(trace, Tier(size // 3, 1e9), loss, silent),
     ):
         assert solution.n_bytes <= 1.2 * size and solution.loss <= loss * 1.000001
         assert 3 < len(np.unique(solution.bits.choice)) <= 8

@@ -29,6 +29,7 @@ from edgert.quant.formats import FORMATS
 from edgert.quantising import Bench, make_tiles, measure_sensitivity, put_layer, reader, text_digest, weights_of
 from edgert.tile_store import TileStore
 from edgert.trial import Trial
+from edgert.weights import silent
 
 _FEW = ("int2", "int3", "int4", "int5", "int6", "int8")  # of all quantisers
 _TWO_LEVEL = ("int2-k", "int3-k", "int4-k", "int5-k", "int6-k")
@@ -55,7 +56,7 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.profile = Profile.load(args.profile)
         work = args.work or Path(f"{args.profile}.bits")
-        self.bench = Bench(args.model, work, lambda stage, fraction: None, options={"context": args.chunk})
+        self.bench = Bench(args.model, work, silent, options={"context": args.chunk})
         self._model = self.bench.model()
         self.model = self._model.__enter__()
         self.weights = weights_of(self.model)

@@ -30,6 +30,7 @@ from edgert.goal import Goal
 from edgert.pack_bits import Request, pack_bits
 from edgert.perplexity import chunks as cut
 from edgert.storage.bundle import read_manifest
+from edgert.weights import silent
 
 _TYPES = "Q8_0,Q4_0,Q4_K_M,Q3_K_M,Q2_K"
 _PERPLEXITY = re.compile(r"Mean PPL\(Q\)\s*:\s*([\d.]+)\s*±\s*([\d.]+)")
@@ -111,12 +112,12 @@ def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> Ro
     probe = Goal(bits_per_weight=2.6)
     request = Request(args.model, args.work / "probe.edge", profile, probe, options={"context": 512})
     if not (args.work / "probe.edge").exists():
-        pack_bits(request, _silent)
+        pack_bits(request, silent)
     m = read_manifest(args.work / "probe.edge")
     hot = sum(tensor.n_bytes for tensor in m.tensors.values() if len(tensor.shape) == 2) + tied
     n_weights = 8 * m.bits["bytes"] / m.bits["bits_per_weight"]
     goal = Goal(bits_per_weight=8 * (size - hot) / n_weights)
-    found = pack_bits(Request(args.model, out, profile, goal, options={"context": 512}), _silent)
+    found = pack_bits(Request(args.model, out, profile, goal, options={"context": 512}), silent)
     with load(args.model, context=512) as source, load(out, context=512) as bundle:
         tokenizer = source.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
@@ -125,10 +126,6 @@ def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> Ro
     total = hot + found.bits["bytes"]
     types: dict[str, Any] = {"experts": found.bits["bytes"], "hot": hot}
     return Row(f"edgert {name}", total, total - hot, types, c.perplexity_after, c.increase, c.standard_error, c.kl)
-
-
-def _silent(stage: str, fraction: float) -> None:
-    """Progress that nobody looks at."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
