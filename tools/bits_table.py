@@ -5,7 +5,8 @@ python tools/bits_table.py MODEL PROFILE.npz --text FILE [--chunks 64] [--quanti
 
 Uniform settings (all widths, groups, with minimum and without, and two-level scales) and mixed allocations, each put
 into the loaded model in the place of its experts; hot weights stay as the source has them. Mixed ones are compared with
-the lower hull of all uniform ones, interpolated in log perplexity over bits per weight, scales counted.
+the lower hull of all uniform ones, interpolated in log perplexity over bits per weight, scales counted. --text takes
+plain text, or a .jsonl of dialogues; see measured_text.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from measured_text import measured_text
 
 from edgert.allocating import Problem
 from edgert.bits import Bits
@@ -61,10 +63,9 @@ class Study:
         self.model = self._model.__enter__()
         self.weights = weights_of(self.model)
         self.states = self.bench.states(self.model, self.profile)
-        text = args.text.read_bytes().decode("utf-8")  # line ends as they are
         tokenizer = self.model.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
-        self.chunks = cut(tokenizer.encode(text), args.chunk, args.chunks, bos)
+        self.chunks = cut(tokenizer.encode(args.text), args.chunk, args.chunks, bos)
         self.trial = Trial(self.model)
         self.source = self.trial.measure(self.chunks)
 
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("profile", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=measured_text, metavar="FILE", required=True)
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--quantisers", default="rtn,hqq,awq,gptq", type=lambda text: text.split(","))

@@ -5,7 +5,8 @@ python tools/peer_bits.py MODEL-f16.gguf PROFILE.npz --peer FOLDER --text FILE -
 
 FOLDER holds llama-quantize, llama-imatrix and llama-perplexity. Each type is made without and with an importance matrix
 of the calibration text and measured on the same chunks; its tensors' types are read back from its file, for rows that
-do not fill a K-quant's block fall back. edgert's bundle gets as many bytes of weights, hot ones in 8 bits.
+do not fill a K-quant's block fall back. edgert's bundle gets as many bytes of weights, hot ones in 8 bits. --text takes
+plain text, or a .jsonl of dialogues; see measured_text.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from measured_text import measured_text
 
 from edgert import load
 from edgert.divergence import compare
@@ -58,7 +60,8 @@ class Peer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.folder, self.model, self.work = args.peer, args.model, args.work
-        self._text, self._chunks, self._threads = args.text, args.chunks, args.threads
+        self._text, self._chunks, self._threads = self.work / "text", args.chunks, args.threads
+        self._text.write_bytes(args.text.encode())  # the same for both
         self._logits = self.work / "source-logits.bin"
         self._matrix = self.work / "imatrix.gguf"
         self._calibration = args.calibration
@@ -108,20 +111,18 @@ class Peer:
 def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> Row:
     """edgert's bundle with at most so many bytes of weights."""
     out = args.work / f"{name}.edge"
-    tied = 0  # bytes of the embedding table where the head is it: the bundle has rows of it on flash besides
-    probe = Goal(bits_per_weight=2.6)
-    request = Request(args.model, args.work / "probe.edge", profile, probe, options={"context": 512})
-    if not (args.work / "probe.edge").exists():
-        pack_bits(request, silent)
-    m = read_manifest(args.work / "probe.edge")
-    hot = sum(tensor.n_bytes for tensor in m.tensors.values() if len(tensor.shape) == 2) + tied
+    probe = args.work / "probe.edge"
+    pack_bits(Request(args.model, probe, profile, Goal(bits_per_weight=2.6), options={"context": 512}), silent)
+    m = read_manifest(probe)
+    # The embedding table counts once where it is the head too: the bundle has rows of it on flash besides.
+    hot = sum(tensor.n_bytes for tensor in m.tensors.values() if len(tensor.shape) == 2)
     n_weights = 8 * m.bits["bytes"] / m.bits["bits_per_weight"]
     goal = Goal(bits_per_weight=8 * (size - hot) / n_weights)
     found = pack_bits(Request(args.model, out, profile, goal, options={"context": 512}), silent)
     with load(args.model, context=512) as source, load(out, context=512) as bundle:
         tokenizer = source.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
-        parts = cut(tokenizer.encode(args.text.read_bytes().decode("utf-8")), 512, args.chunks, bos)
+        parts = cut(tokenizer.encode(args.text), 512, args.chunks, bos)
         c = compare(source, bundle, parts)
     total = hot + found.bits["bytes"]
     types: dict[str, Any] = {"experts": found.bits["bytes"], "hot": hot}
@@ -133,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("profile", type=Path)
-    for name in ("--peer", "--text", "--calibration"):
+    parser.add_argument("--text", type=measured_text, metavar="FILE", required=True)
+    for name in ("--peer", "--calibration"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
