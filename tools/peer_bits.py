@@ -1,6 +1,6 @@
 """What llama.cpp's own quantisations of a model cost, beside edgert's at the same size: perplexity and divergence.
 
-python tools/peer_bits.py MODEL-f16.gguf PROFILE.npz --peer FOLDER --text FILE --calibration FILE [--chunks 64]
+python tools/peer_bits.py MODEL-f16.gguf PROFILE.npz --peer FOLDER --text FILE... --calibration FILE [--chunks 64]
                           [--types Q8_0,Q4_0,...] [--work FOLDER] [--json FILE]
 
 FOLDER holds llama-quantize, llama-imatrix and llama-perplexity. Each type is made without and with an importance matrix
@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 from measured_text import measured_text
@@ -46,6 +46,7 @@ class Row:
     """One quantisation, measured. Bytes of weights: matrices alone, the embedding table counted once."""
 
     name: str
+    text: int  # which of those given
     n_bytes: int
     expert_bytes: int
     types: dict[str, int]  # bytes by type
@@ -56,77 +57,92 @@ class Row:
 
 
 class Peer:
-    """llama.cpp's programs, a model in full precision, and the texts."""
+    """llama.cpp's programs, a model in full precision, and the texts, which are the same for both."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.folder, self.model, self.work = args.peer, args.model, args.work
-        self._text, self._chunks, self._threads = self.work / "text", args.chunks, args.threads
-        self._text.write_bytes(args.text.encode())  # the same for both
-        self._logits = self.work / "source-logits.bin"
-        self._matrix = self.work / "imatrix.gguf"
-        self._calibration = args.calibration
+        self._folder, self._model, self._work, self._threads = args.peer, args.model, args.work, args.threads
+        self._chunks, self._calibration = args.chunks, args.calibration
+        self._matrix = self._work / "imatrix.gguf"
+        self._n_texts = len(args.text)
+        for place, text in enumerate(args.text):
+            (self._work / f"text-{place}").write_bytes(text.encode())
 
-    def run(self, program: str, *words: object) -> str:
-        """What a program prints. SystemExit if it fails."""
-        found = subprocess.run([self.folder / program, *map(str, words)], capture_output=True, text=True)
-        if found.returncode:
-            raise SystemExit(f"{program} failed: {found.stderr[-2000:]}")
-        return found.stdout + found.stderr
+    def _run(self, program: str, *words: object, until: str = "") -> str:
+        """What a program prints, which must have `until` in it. SystemExit if it fails.
 
-    def source(self) -> float:
-        """The source's perplexity; keeps its predictions."""
-        words = ["-f", self._text, "-c", 512, "--chunks", self._chunks, "-t", self._threads]
-        said = self.run("llama-perplexity", "-m", self.model, *words, "--kl-divergence-base", self._logits)
-        return float(_BASE.search(said)[1])  # type: ignore[index]
+        It is run again where the last lines are missing: some versions end before their log is written.
+        """
+        for _ in range(5):
+            found = subprocess.run([self._folder / program, *map(str, words)], capture_output=True, text=True)
+            if found.returncode == 0 and until in found.stdout + found.stderr:
+                return found.stdout + found.stderr
+        raise SystemExit(f"{program} failed, or does not say {until!r}: {found.stderr[-2000:]}")
+
+    def _perplexity(self, model: Path, place: int, *words: str, until: str) -> str:
+        about = ["-m", model, "-f", self._work / f"text-{place}", "-c", 512, "--chunks", self._chunks]
+        logits = ["-t", self._threads, "--kl-divergence-base", self._work / f"source-logits-{place}"]
+        return self._run("llama-perplexity", *about, *logits, *words, until=until)
+
+    def sources(self) -> list[float]:
+        """The source's perplexity of each text; keeps its predictions."""
+        said = [self._perplexity(self._model, i, until="Final estimate: PPL") for i in range(self._n_texts)]
+        return [float(_BASE.search(one)[1]) for one in said]  # type: ignore[index]
 
     def importance(self) -> None:
         """Make the importance matrix."""
         if not self._matrix.exists():
             words = ["-f", self._calibration, "-c", 512, "-t", self._threads, "-o", self._matrix]
-            self.run("llama-imatrix", "-m", self.model, *words)
+            self._run("llama-imatrix", "-m", self._model, *words)
 
-    def row(self, kind: str, *, with_matrix: bool) -> Row:
-        """Make and measure one quantisation."""
-        path = self.work / f"{kind}{'-imatrix' if with_matrix else ''}.gguf"
+    def rows(self, kind: str, *, with_matrix: bool) -> list[Row]:
+        """Make one quantisation, and measure it on each text."""
+        path = self._work / f"{kind}{'-imatrix' if with_matrix else ''}.gguf"
         matrix = ["--imatrix", self._matrix] if with_matrix else []
-        self.run("llama-quantize", *matrix, self.model, path, kind, self._threads)
-        words = ["-f", self._text, "-c", 512, "--chunks", self._chunks, "-t", self._threads]
-        base = ["--kl-divergence-base", self._logits, "--kl-divergence"]
-        said = self.run("llama-perplexity", "-m", path, *words, *base)
+        self._run("llama-quantize", *matrix, self._model, path, kind, self._threads)
         types, experts = Counter[str](), 0
         for tensor in gguf.GGUFReader(path).tensors:
             if len(tensor.shape) > 1:
                 types[tensor.tensor_type.name] += int(tensor.n_bytes)
                 experts += int(tensor.n_bytes) if "_exps" in tensor.name else 0
+        said = [self._perplexity(path, i, "--kl-divergence", until="Same top p") for i in range(self._n_texts)]
         path.unlink()
-        ratio = _RATIO.search(said)
-        measured, divergence = _PERPLEXITY.search(said), _DIVERGENCE.search(said)
-        assert measured and divergence and ratio, said[-3000:]
-        increase, error = float(ratio[1]) - 1.0, float(ratio[2])
-        name = path.stem
-        total = sum(types.values())
-        return Row(name, total, experts, dict(types), float(measured[1]), increase, error, float(divergence[1]))
+        return [_row(path.stem, place, one, types, experts) for place, one in enumerate(said)]
 
 
-def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> Row:
-    """edgert's bundle with at most so many bytes of weights."""
-    out = args.work / f"{name}.edge"
-    probe = args.work / "probe.edge"
-    pack_bits(Request(args.model, probe, profile, Goal(bits_per_weight=2.6), options={"context": 512}), silent)
-    m = read_manifest(probe)
-    # The embedding table counts once where it is the head too: the bundle has rows of it on flash besides.
-    hot = sum(tensor.n_bytes for tensor in m.tensors.values() if len(tensor.shape) == 2)
-    n_weights = 8 * m.bits["bytes"] / m.bits["bits_per_weight"]
-    goal = Goal(bits_per_weight=8 * (size - hot) / n_weights)
-    found = pack_bits(Request(args.model, out, profile, goal, options={"context": 512}), silent)
+def _row(name: str, place: int, said: str, types: Counter[str], experts: int) -> Row:
+    ratio, measured, divergence = (pattern.search(said) for pattern in (_RATIO, _PERPLEXITY, _DIVERGENCE))
+    assert measured and divergence and ratio, said[-3000:]
+    increase, error = float(ratio[1]) - 1.0, float(ratio[2])
+    sizes = sum(types.values()), experts, dict(types)
+    return Row(name, place, *sizes, float(measured[1]), increase, error, float(divergence[1]))
+
+
+def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> list[Row]:
+    """edgert's bundle with at most so many bytes of weights, on each text.
+
+    The embedding table counts once where it is the head too: the bundle has rows of it on flash besides.
+    """
+    tensors = [tensor for tensor in gguf.GGUFReader(args.model).tensors if len(tensor.shape) > 1]
+    n_weights = sum(int(tensor.n_elements) for tensor in tensors if "_exps" in tensor.name)
+    hot = sum(int(tensor.n_elements) for tensor in tensors if "_exps" not in tensor.name)  # in bytes, to begin with
+    out, total = args.work / f"{name}.edge", size + 1
+    while total > size:
+        goal = Goal(bits_per_weight=8 * (size - hot) / n_weights)
+        found = pack_bits(Request(args.model, out, profile, goal, options={"context": 512}), silent)
+        manifest = read_manifest(out)
+        hot = sum(tensor.n_bytes for tensor in manifest.tensors.values() if len(tensor.shape) == 2)
+        total = hot + found.bits["bytes"]
+        if total > size:
+            shutil.rmtree(out)
+    rows, types = list[Row](), {"experts": found.bits["bytes"], "hot": hot}
     with load(args.model, context=512) as source, load(out, context=512) as bundle:
         tokenizer = source.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
-        parts = cut(tokenizer.encode(args.text), 512, args.chunks, bos)
-        c = compare(source, bundle, parts)
-    total = hot + found.bits["bytes"]
-    types: dict[str, Any] = {"experts": found.bits["bytes"], "hot": hot}
-    return Row(f"edgert {name}", total, total - hot, types, c.perplexity_after, c.increase, c.standard_error, c.kl)
+        for place, text in enumerate(args.text):
+            c = compare(source, bundle, cut(tokenizer.encode(text), 512, args.chunks, bos))
+            sizes = total, total - hot, types
+            rows.append(Row(f"edgert {name}", place, *sizes, c.perplexity_after, c.increase, c.standard_error, c.kl))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("profile", type=Path)
-    parser.add_argument("--text", type=measured_text, metavar="FILE", required=True)
+    parser.add_argument("--text", type=measured_text, metavar="FILE", nargs="+", required=True)
     for name in ("--peer", "--calibration"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=64)
@@ -145,27 +161,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     peer, profile, rows = Peer(args), Profile.load(args.profile), list[Row]()
-    source = peer.source()
-    print(f"llama.cpp's source: perplexity {source:.4f}", flush=True)
+    sources = peer.sources()
+    print("llama.cpp's source: perplexity", ", ".join(f"{one:.4f}" for one in sources), flush=True)
     peer.importance()
     for kind in args.types:
         for with_matrix in (False, True):
-            rows.append(peer.row(kind, with_matrix=with_matrix))
-            _print(rows[-1])
-        rows.append(ours(args, profile, rows[-1].n_bytes, f"at {kind}"))
-        _print(rows[-1])
+            rows += _said(peer.rows(kind, with_matrix=with_matrix))
+        rows += _said(ours(args, profile, rows[-1].n_bytes, f"at {kind}"))
     if args.json:
-        args.json.write_text(json.dumps({"source": source, "rows": [asdict(row) for row in rows]}, indent=1))
+        args.json.write_text(json.dumps({"sources": sources, "rows": [asdict(row) for row in rows]}, indent=1))
     return 0
 
 
-def _print(row: Row) -> None:
-    kinds = ", ".join(f"{name} {size / 2**20:.2f}" for name, size in row.types.items())
-    print(
-        f"{row.name:18} {row.n_bytes / 2**20:7.2f} MiB, experts {row.expert_bytes / 2**20:7.2f}  perplexity "
-        f"{row.perplexity:9.4f}  {row.increase:+8.3%} +/- {row.standard_error:.3%}  KL {row.kl:.5f}  ({kinds})",
-        flush=True,
-    )
+def _said(rows: list[Row]) -> list[Row]:
+    """The rows, printed."""
+    for row in rows:
+        kinds = ", ".join(f"{name} {size / 2**20:.2f}" for name, size in row.types.items())
+        print(
+            f"{row.name:18} {row.n_bytes / 2**20:7.2f} MiB, experts {row.expert_bytes / 2**20:7.2f}  text {row.text} "
+            f"perplexity {row.perplexity:9.4f}  {row.increase:+8.3%} +/- {row.standard_error:.3%}  KL {row.kl:.5f}  "
+            f"({kinds})",
+            flush=True,
+        )
+    return rows
 
 
 if __name__ == "__main__":
