@@ -1,12 +1,12 @@
 """What bits per expert cost: perplexity and divergence of a model with its experts in other formats, as one table.
 
-python tools/bits_table.py MODEL PROFILE.npz --text FILE [--chunks 64] [--quantisers rtn,hqq,awq,gptq] [--bpw 4.5,4,...]
+python tools/bits_table.py MODEL PROFILE.npz [--text FILE] [--chunks 64] [--quantisers rtn,hqq,awq,gptq] [--bpw 4.5,4,...]
                            [--formats int4,int3-k,...] [--work FOLDER] [--json FILE]
 
 Uniform settings (all widths, groups, with minimum and without, and two-level scales) and mixed allocations, each put
 into the loaded model in the place of its experts; hot weights stay as the source has them. Mixed ones are compared with
 the lower hull of all uniform ones, interpolated in log perplexity over bits per weight, scales counted. --text takes
-plain text, or a .jsonl of dialogues; see measured_text.
+plain text, or a .jsonl of dialogues, see measured_text; without it what the profile kept back is measured on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from measured_text import measured_text
 from edgert.allocating import Problem
 from edgert.bits import Bits
 from edgert.experts.profile import Profile
-from edgert.pack_bits import described, uniform
+from edgert.pack_bits import described, held_out_chunks, uniform
 from edgert.perplexity import chunks as cut
 from edgert.quant.formats import FORMATS
 from edgert.quantising import Bench, make_tiles, measure_sensitivity, put_layer, reader, text_digest, weights_of
@@ -63,11 +63,17 @@ class Study:
         self.model = self._model.__enter__()
         self.weights = weights_of(self.model)
         self.states = self.bench.states(self.model, self.profile)
-        tokenizer = self.model.tokenizer
-        bos = tokenizer.bos_id if tokenizer.add_bos else None
-        self.chunks = cut(tokenizer.encode(args.text), args.chunk, args.chunks, bos)
+        self.chunks = self._chunks(args)
         self.trial = Trial(self.model)
         self.source = self.trial.measure(self.chunks)
+
+    def _chunks(self, args: argparse.Namespace) -> list[list[int]]:
+        """What is measured on, in chunks of token ids."""
+        if args.text is None:
+            return held_out_chunks(self.profile)[: args.chunks]
+        tokenizer = self.model.tokenizer
+        bos = tokenizer.bos_id if tokenizer.add_bos else None
+        return cut(tokenizer.encode(args.text), args.chunk, args.chunks, bos)
 
     def row(self, name: str, bits: Bits) -> Row:
         """Measure one setting."""
@@ -146,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("profile", type=Path)
-    parser.add_argument("--text", type=measured_text, metavar="FILE", required=True)
+    parser.add_argument("--text", type=measured_text, metavar="FILE")
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--quantisers", default="rtn,hqq,awq,gptq", type=lambda text: text.split(","))
