@@ -103,9 +103,8 @@ def _draw_maps(profile: Profile, shares: Mapping[str, Floats]) -> str:
             axes.set_ylabel("" if column else "layer")
             axes.set_xlabel("" if place + n_columns < len(names) else "expert")
         even = 100 * profile.top_k / profile.n_expert
-        ticks = [tick for tick in (0, even, 4 * even, 16 * even) if tick <= most]
-        bar = drawing.bar(image, "tokens that use the expert, %; grey: none", ticks)
-        bar.set_ticklabels([f"{tick:.3g}" + " (even)" * (tick == even) for tick in ticks])
+        ticks = {tick: f"{tick:.3g}" for tick in (0, even, 4 * even, 16 * even, 64 * even) if tick <= most}
+        drawing.bar(image, f"tokens that use the expert, %; even routing: {even:.3g}; grey: none", ticks)
         shape = f"{profile.n_expert} experts by {len(profile.layers)} layers"
         return drawing.svg(f"Maps of {shape}, coloured by how often each is used")
 
@@ -290,6 +289,6 @@ def _draw_pairs(lifts: Mapping[int, Numbers]) -> str:
             for axis in (axes.xaxis, axes.yaxis):
                 count_from_zero(axis, range(len(lift)))
             axes.set(xlabel="expert", ylabel="" if place else "expert")
-        bar = drawing.bar(image, "tokens that use both, times chance", [-2, -1, 0, 1, 2])
-        bar.set_ticklabels(["1/4 or less", "1/2", "1", "2", "4 or more"])
+        names = {-2.0: "1/4 or less", -1.0: "1/2", 0.0: "1", 1.0: "2", 2.0: "4 or more"}
+        drawing.bar(image, "tokens that use both, times chance", names)
         return drawing.svg("How often two experts of a layer are chosen together, over chance")

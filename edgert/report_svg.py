@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgert.errors import UnsupportedError
@@ -18,7 +19,6 @@ from edgert.errors import UnsupportedError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind tell apart, in the order of use; each has a tone for dark pages.
@@ -29,6 +29,8 @@ SERIES = tuple(_STAND_INS[name] for name in _VARIABLES[4:])
 
 FONT, SMALL = 10.0, 8.5  # points; a figure is shown at about its own size
 WIDTH = 9.6  # inches
+_BAR = 3.2  # inches, of a scale of colours
+_LETTER = 0.65  # of the size of the font, its width: that of digits
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -130,14 +132,21 @@ class Drawing:
         axes.set_facecolor(RULE)
         return axes, axes.imshow(values, aspect="auto", **options)
 
-    def bar(self, image: Any, label: str, ticks: Sequence[float] | None = None, *, left: float = 0.55) -> Colorbar:
-        """What the colours of an image mean, in the lowest 0.55 inches of the figure; names of ticks may follow."""
-        axes = self.axes(Box(left, 0.46, 3.2, 0.12))
-        bar = self.figure.colorbar(image, cax=axes, orientation="horizontal", ticks=ticks)
+    def bar(self, image: Any, label: str, ticks: Mapping[float, str] | None = None) -> None:
+        """What the colours of an image mean, in the lowest 0.55 inches of the figure.
+
+        ticks: names of ascending values; those that would touch the one before are left out.
+        """
+        axes = self.axes(Box(0.55, 0.46, _BAR, 0.12))
+        bar = self.figure.colorbar(image, cax=axes, orientation="horizontal")
+        if ticks is not None:
+            free = legible([(_BAR * float(image.norm(value)), name) for value, name in ticks.items()])
+            bar.set_ticks(
+                [list(ticks)[place] for place in free], labels=[list(ticks.values())[place] for place in free]
+            )
         bar.outline.set_visible(False)
         bar.ax.tick_params(which="minor", length=0)
         bar.set_label(label, loc="left")
-        return bar
 
     def svg(self, description: str) -> str:
         """The figure as an <svg> element; `description` is for those who cannot see it."""
@@ -206,6 +215,18 @@ def count_from_zero(axis: Axis, names: Sequence[object], most: int = 8) -> None:
     n = len(names)
     step = next(step for step in (1, 2, 3, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 256, n) if n <= step * most)
     axis.set_ticks(range(0, n, step), [str(names[place]) for place in range(0, n, step)])
+
+
+def legible(names: Sequence[tuple[float, str]]) -> list[int]:
+    """Which of the names in small print, centred at ascending places in inches, have room beside the one before."""
+    found: list[int] = []
+    end = -math.inf
+    for number, (place, name) in enumerate(names):
+        half = len(name) * _LETTER * SMALL / 72 / 2
+        if place - half >= end:
+            found.append(number)
+            end = place + half + _LETTER * SMALL / 72
+    return found
 
 
 def spread(places: Sequence[float], gap: float, most: float) -> list[float]:

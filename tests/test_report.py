@@ -32,7 +32,7 @@ from edgert.report_numbers import replayed, sampled
 from edgert.report_runtime import what_memory_gives
 from edgert.report_speed import ARITHMETIC_SHARE, Machine, Row, enough
 from edgert.report_subject import Subject, config_of, open_subject
-from edgert.report_svg import spread
+from edgert.report_svg import SMALL, legible, spread
 from edgert.storage.bundle import Bundle, read_manifest
 from edgert.storage.gguf_file import GgufFile
 from edgert.streaming import model_key
@@ -544,3 +544,19 @@ def test_labels_are_moved_apart_in_order_and_stay_within(seed: int) -> None:
     assert places[0] >= -1e-9 and places[-1] <= 100 + 1e-9
     if all(b - a >= 10 for a, b in itertools.pairwise(wished)):
         assert places == pytest.approx(wished)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_names_along_a_line_do_not_touch_and_none_is_left_out_without_need(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    names = [(place, "1" * int(draw.integers(1, 12))) for place in sorted(draw.uniform(0, 3.2, 8).tolist())]
+    kept = legible(names)
+    wide = [0.6 * SMALL / 72 * len(name) for _, name in names]  # inches; the font's digits are a little wider
+    ends = [(place - w / 2, place + w / 2) for (place, _), w in zip(names, wide, strict=True)]
+    assert kept[0] == 0 and all(ends[a][1] < ends[b][0] for a, b in itertools.pairwise(kept))
+    for number in set(range(len(names))) - set(kept):
+        before = max(other for other in kept if other < number)
+        assert ends[number][0] - ends[before][1] < 0.25
+    assert legible([(0.0, "0"), (3.2 * 0.125, "1.56"), (3.2 * 0.25, "6.25"), (1.6, "25"), (3.2, "100")]) == list(
+        range(5)
+    )
