@@ -47,6 +47,7 @@ from edgert.weights import Progress, Weights
 _ATTEMPTS = 6
 _CLOSE = 0.85  # of the bound: nearer than that, a smaller bundle is not sought
 _REPLAYED_TOKENS = 4000  # of the profile's routes, for speed
+_TOKENS, _HELD_OUT = 20_000, 0.2  # of a profile that is made here; half of what is kept back selects, half proves
 _CAUTION = 0.95  # of the loss that the last measurement lets expect
 
 
@@ -269,17 +270,18 @@ class _Run:
         self._bench.remove()
 
 
-def profile_for(
-    source: Path, given: Path | None, work: Path, progress: Progress, options: Mapping[str, Any]
-) -> Profile:
-    """The profile that is given, or lies beside the model; else one that is made now, on text that the model writes."""
-    if given is not None:
-        return Profile.load(given)
-    beside = default_profile(source)
-    if beside.exists():
-        return Profile.load(beside)
-    work.mkdir(parents=True, exist_ok=True)
-    return profile_model(source, work / bundles.PROFILE, progress=progress, **options).profile
+def profile_for(source: Path, out: Path, given: Path | None, progress: Progress, options: Mapping[str, Any]) -> Profile:
+    """The profile that is given, or lies beside the model or the bundle to be; else one that is made now.
+
+    That is of text that the model writes, and is kept beside the bundle: the next pack, with another goal, finds it.
+    """
+    beside = out.with_name(f"{out.name.removesuffix('.edge')}.profile.npz")
+    for path in (given, default_profile(source), beside):
+        if path is not None and (path is given or path.exists()):
+            return Profile.load(path)
+    progress(f"no profile is given: the model writes text to calibrate on, kept in {beside}", 0.0)
+    made = profile_model(source, beside, n_tokens=_TOKENS, held_out=_HELD_OUT, progress=progress, **options)
+    return made.profile
 
 
 def work_of(out: Path) -> Path:

@@ -106,7 +106,7 @@ def pack(
         if goal.memory is not None:  # what the runtime will have, not this
             options.pop("memory")
         try:
-            found = profile_for(source, profile, work_of(target), report, options)
+            found = profile_for(source, target, profile, report, options)
             request = Request(source, target, found, goal, text, str(proof or ""), dask, options)
             packed = pack_bits(request, report)
         except KeyboardInterrupt:
