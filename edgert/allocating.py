@@ -6,7 +6,7 @@ Experts that calibration never reached stay at four bits: nothing is known of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,17 @@ _MOST_FORMATS = 8  # in one bundle: each has kernels that are compiled when it i
 
 @dataclass(frozen=True)
 class Solution:
-    """Formats for all experts. loss: expected, in nats of KL divergence a token; bound: no choice loses less."""
+    """Formats for all experts. loss: expected, in nats of KL divergence a token.
+
+    bound: what no choice of the formats in use can be below: of the loss where that was minimised, else of the bytes.
+    seconds: expected of a token, where time was minimised; there is no bound on that.
+    """
 
     bits: Bits
     n_bytes: int  # of the experts' weights, scales counted
     loss: float
     bound: float
+    seconds: float | None = None
 
 
 class Problem:
@@ -108,7 +113,8 @@ class Problem:
         sizes = self.sizes.reshape(self._shape)
         losses, allowed = self.losses.reshape(self._shape), self.allowed.reshape(self._shape)
         options = Options(sizes, losses, sizes.astype(np.float64) * READ_S, allowed, _MOST_FORMATS)
-        return self.solution(allocate_for_speed(routes, options, tier, loss, progress).allocation)
+        found = allocate_for_speed(routes, options, tier, loss, progress)
+        return replace(self.solution(found.allocation), seconds=found.speed.total_s)
 
     def within_records(self, n_bytes: int) -> Solution:
         """The least loss whose records, with their padding, take at most so many bytes."""

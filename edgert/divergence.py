@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from edgert.model import Model
 
 SHORTEST = 4  # tokens of a chunk
+
+
+class Rise(NamedTuple):
+    """How much higher perplexity is, as a share of what it was, from the chunks' paired differences."""
+
+    increase: float
+    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -138,31 +145,58 @@ def _increase(scores: Sequence[ChunkScores]) -> float:
     return math.expm1(gone / sum(len(s.kl) for s in scores))
 
 
-def summary(scores: Sequence[ChunkScores]) -> Comparison:
-    """The scores of some chunks in one line.
+def token_losses(
+    model: Model, chunks: Sequence[Sequence[int]], progress: Callable[[float], None] | None = None
+) -> list[Floats]:
+    """Negative log-likelihoods in nats of the scored tokens of each chunk, (n_tokens,); raises as compare does."""
+    found: list[Floats] = []
+    with model.held() as parts:
+        n_vocab = parts.engine.config.n_vocab
+        check_chunks(chunks, n_vocab, parts.session.cache.n_context)
+        row, work = np.empty((2, n_vocab), np.float32)
+        for chunk in chunks:
+            targets = chunk[len(chunk) // 2 + 1 :]
+            losses = np.empty(len(targets), np.float32)
+            for i, logits in enumerate(scored_rows(parts, chunk)):
+                log_softmax_into(logits, row, work)
+                losses[i] = -row[targets[i]]
+            found.append(losses)
+            if progress:
+                progress(len(found) / len(chunks))
+    return found
 
-    Standard error: the log of the increase is the ratio of the chunks' summed differences to their summed lengths; its
-    variance is that of a ratio estimator (Cochran, Sampling Techniques, 3rd ed., section 6.4), and the increase's
-    follows to first order.
+
+def rise(before: Sequence[Floats], after: Sequence[Floats]) -> Rise:
+    """The rise of perplexity between token_losses of two models on the same chunks.
+
+    The log of the increase is the ratio of the chunks' summed differences to their summed lengths; its variance is that
+    of a ratio estimator (Cochran, Sampling Techniques, 3rd ed., section 6.4), and the increase's follows to first
+    order. OptionError for a single chunk, which has no standard error.
     """
-    if len(scores) < 2:
-        raise OptionError(f"{len(scores)} chunk of text gives no standard error; take at least 2")
+    if (n := len(before)) < 2:
+        raise OptionError(f"{n} chunk of text gives no standard error; take at least 2")
+    lengths = np.array([len(losses) for losses in before], np.float64)
+    gone = np.array([float((a.astype(np.float64) - b).sum()) for b, a in zip(before, after, strict=True)])  # nats
+    mean = gone.sum() / lengths.sum()
+    spread = math.sqrt(float(np.square(gone - mean * lengths).sum()) * n / (n - 1)) / float(lengths.sum())
+    return Rise(math.expm1(mean), math.exp(mean) * spread)
+
+
+def summary(scores: Sequence[ChunkScores]) -> Comparison:
+    """The scores of some chunks in one line; raises as rise does."""
 
     def joined(name: str) -> npt.NDArray[Any]:
         return np.concatenate([getattr(s, name) for s in scores])
 
-    before, after, kl = (joined(name).astype(np.float64) for name in ("before", "after", "kl"))
-    lengths = np.array([len(s.kl) for s in scores], np.float64)
-    gone = np.array([float((s.after.astype(np.float64) - s.before).sum()) for s in scores])  # nats a chunk
-    mean, n = gone.sum() / lengths.sum(), len(scores)
-    spread = math.sqrt(float(np.square(gone - mean * lengths).sum()) * n / (n - 1)) / float(lengths.sum())
+    before, kl = (joined(name).astype(np.float64) for name in ("before", "kl"))
+    risen = rise([s.before for s in scores], [s.after for s in scores])
     return Comparison(
-        n_chunks=n,
+        n_chunks=len(scores),
         n_tokens=len(kl),
         perplexity_before=math.exp(before.mean()),
-        perplexity_after=math.exp(after.mean()),
-        increase=math.expm1(mean),
-        standard_error=math.exp(mean) * spread,
+        perplexity_after=math.exp(joined("after").astype(np.float64).mean()),
+        increase=risen.increase,
+        standard_error=risen.standard_error,
         kl=float(kl.mean()),
         kl_99=float(np.quantile(kl, 0.99)),
         top1=float(joined("same").mean()),

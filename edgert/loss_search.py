@@ -1,0 +1,92 @@
+"""The search for the smallest bits that keep a bound, by what bundles of one expected loss and another really lose.
+
+Expected losses are only in proportion to measured ones. So the one that keeps the bound is looked for between the
+largest that kept it and the smallest that missed it. Nothing here quantises, packs or runs a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgert.allocating import Solution
+from edgert.divergence import Rise
+from edgert.errors import OptionError
+
+_ATTEMPTS = 6
+_CLOSE = 0.85  # of the bound: nearer than that, nothing smaller is sought
+_CAUTION = 0.95  # of the expected loss that a measurement points to
+_MOST_RAISED, _MOST_LOWERED = 4.0, 20.0  # factors from one attempt to the next
+_SIGNIFICANT = 2.0  # standard errors above zero: a smaller rise says nothing of how far to go
+_NARROW = 1.05  # a bracket of expected losses that is not worth another attempt
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One attempt."""
+
+    solution: Solution
+    expected: float  # the loss that was asked of it, nats a token
+    rise: Rise  # measured
+
+    @property
+    def worst(self) -> float:
+        """The rise and one standard error, which are to stay within the bound."""
+        return self.rise.increase + self.rise.standard_error
+
+
+class Search:
+    """Attempts so far; go() makes them. solve: the best solution within an expected loss, or OptionError."""
+
+    def __init__(
+        self,
+        solve: Callable[[float], Solution],
+        largest: Solution,
+        smallest: Solution,
+        measure: Callable[[Solution], Rise],
+    ) -> None:
+        self._solve, self._largest, self._smallest, self._measure = solve, largest, smallest, measure
+        self.tried: list[Tried] = []
+
+    def go(self, bound: float) -> Solution | None:
+        """The smallest, or where time is counted the fastest, of those that keep the bound; None if none does."""
+        expected, passed, missed = math.log1p(bound), 0.0, math.inf
+        kept: list[Solution] = []
+        for left in reversed(range(_ATTEMPTS)):
+            found = self._largest if not left and not kept else self._within(expected)
+            tried = Tried(found, expected, self._measure(found))
+            self.tried.append(tried)
+            if tried.worst <= bound:
+                kept.append(found)
+                passed = max(passed, expected)
+                known = tried.rise.increase > _SIGNIFICANT * tried.rise.standard_error
+                if tried.worst >= _CLOSE * bound or found.n_bytes <= self._smallest.n_bytes or not known:
+                    break
+            elif found.n_bytes >= self._largest.n_bytes:
+                break
+            else:
+                missed = min(missed, expected)
+            if missed < _NARROW * passed:
+                break
+            expected = _next(tried, bound, passed, missed)
+        return min(kept, key=_cost, default=None)
+
+    def _within(self, expected: float) -> Solution:
+        try:
+            return self._solve(expected)
+        except OptionError:  # less than any choice is expected to lose
+            return self._largest
+
+
+def _cost(found: Solution) -> tuple[float, int]:
+    return (math.inf if found.seconds is None else found.seconds), found.n_bytes
+
+
+def _next(tried: Tried, bound: float, passed: float, missed: float) -> float:
+    """The expected loss to try next: in proportion, and within the bracket."""
+    factor = _CAUTION * math.log1p(bound) / max(math.log1p(max(tried.worst, -0.5)), 1e-9)
+    expected = tried.expected * min(max(factor, 1 / _MOST_LOWERED), _MOST_RAISED)
+    if passed < expected < missed:
+        return expected
+    return math.sqrt(passed * missed)

@@ -1,0 +1,94 @@
+"""Which text a bundle is measured on: one part to choose bits by, another, which no choice has seen, to prove them on.
+
+What nothing was fitted to is what a profile kept back, or a text that is given; whether that really is unseen is
+checked here. It knows tokens, and nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.errors import OptionError
+from edgert.experts.profile import Profile
+
+_LEAST = 2  # chunks: fewer have no standard error
+_MOST = 128  # chunks: more take hours on a small machine, and tell little more
+_WINDOW = 32  # tokens in a row that are not the same by chance
+_MOST_KNOWN = 0.1  # of a text's windows that calibration may have seen: phrases that many texts share
+
+Chunks = list[list[int]]
+
+
+class ProofText(NamedTuple):
+    """Chunks of token ids: what attempts are chosen by (empty where there is one only), and what proves the result."""
+
+    select: Chunks
+    prove: Chunks
+    name: str  # of what proves
+
+
+def proof_text(profile: Profile, given: Chunks | None, name: str, *, selects: bool) -> ProofText:
+    """The text for a pack by a profile; given: chunks of a text called `name` to prove on instead of what it kept back.
+
+    selects: whether there are attempts to choose from. OptionError for too little text, or text that was calibrated on.
+    """
+    kept, select = held_out_chunks(profile), Chunks()
+    prove = kept if given is None else given
+    if given is not None:
+        _check_unseen(given, profile, name)
+        select = kept if len(kept) >= _LEAST else []
+    if selects and not select:
+        select, prove = prove[::2], prove[1::2]
+    least = 2 * _LEAST if selects and (given is None or len(kept) < _LEAST) else _LEAST
+    if min(len(prove), len(select) if selects else _LEAST) < _LEAST:
+        n, why = len(kept if given is None else given), "half chooses, half proves" if least > _LEAST else "for a proof"
+        if given is not None:
+            raise OptionError(
+                f"{name} has {n} chunks of {profile.chunk} tokens, and it takes {least} ({why}); give more text"
+            )
+        raise OptionError(
+            f"the profile kept back {n} chunks of {profile.chunk} tokens, and it takes {least} ({why}); make it anew "
+            "with more text or a larger --held-out, or give --proof FILE"
+        )
+    halved = ", the half that bits were not chosen by" if selects and (given is None or len(kept) < _LEAST) else ""
+    capped = f", {_MOST} of {len(prove):,} chunks" if len(prove) > _MOST else ""
+    words = f"{name if given is not None else 'text that the profile kept back'}{halved}{capped}"
+    return ProofText(_spread(select) if selects else [], _spread(prove), words)
+
+
+def held_out_chunks(profile: Profile) -> Chunks:
+    """What a profile kept back, in chunks."""
+    return [chunk for domain in profile.domains for chunk in domain.held_out.reshape(-1, profile.chunk).tolist()]
+
+
+def _spread(chunks: Chunks) -> Chunks:
+    """At most so many of the chunks, evenly spread."""
+    n = min(len(chunks), _MOST)
+    return [chunks[i * len(chunks) // n] for i in range(n)]
+
+
+def _check_unseen(chunks: Chunks, profile: Profile, name: str) -> None:
+    """OptionError for chunks of which calibration has seen more than is chance."""
+    length = min(_WINDOW, profile.chunk - 1)
+    seen = np.concatenate([_windows(domain.tokens, length) for domain in profile.domains])
+    asked = np.concatenate([_windows(chunk[1:], length)[::length] for chunk in chunks])  # BOS may be the first
+    share = float(np.isin(asked, seen).mean())
+    if share > _MOST_KNOWN:
+        raise OptionError(
+            f"{name} proves nothing: {share:.0%} of it is in the text that the profile was calibrated on; give another "
+            "--proof FILE"
+        )
+
+
+def _windows(tokens: Sequence[int] | npt.NDArray[np.int32], length: int) -> npt.NDArray[np.uint64]:
+    """A hash of each run of so many tokens: a polynomial modulo 2**64."""
+    ids = np.asarray(tokens, np.uint64)
+    n = max(len(ids) - length + 1, 0)
+    found = np.zeros(n, np.uint64)
+    for place in range(length):
+        found = found * np.uint64(6364136223846793005) + ids[place : place + n] + np.uint64(1)
+    return found
