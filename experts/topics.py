@@ -143,7 +143,8 @@ def _penalty(texts: Sequence[Routes], prior: Floats, own: Floats, ahead: int) ->
         for place, (others, after, _) in enumerate(judges):
             if len(others):
                 wrong = after - mean_rest - found.applied(others - mean)
-                row[place] = 1.0 - float(np.square(wrong).mean() / np.square(after - mean_rest).mean())
+                most = max(float(np.square(after - mean_rest).mean()), 1e-30)  # none: one word again and again
+                row[place] = 1.0 - float(np.square(wrong).mean()) / most
     return _PENALTIES[int((gains / np.maximum(np.abs(gains).max(axis=0), 1e-9)).sum(axis=1).argmax())]
 
 
