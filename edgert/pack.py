@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from edgert.architectures import read_config
+from edgert.chosen_bits import PROFILE, asked_words, profile_digest, same_goal
 from edgert.errors import EdgertError, ModelFileError, OptionError, StorageError, UnsupportedError
+from edgert.experts.profile import Profile
 from edgert.huggingface import HuggingFaceFolder, is_huggingface_folder
+from edgert.model_digest import model_digest
 from edgert.pack_journal import Journal
 from edgert.pack_layout import Bytes, Item, Layout, Step, source_file, source_files
 from edgert.pack_meter import Meter
 from edgert.pack_place import JOURNAL, Place, check_replaceable, part_of
 from edgert.storage import bundle as bundles
-from edgert.storage.bundle_manifest import PAGE, VERSION, round_up
+from edgert.storage.bundle_manifest import PAGE, VERSION, Manifest, round_up
 from edgert.storage.bundle_writer import SlabWriter
 from edgert.storage.gguf_file import GgufFile
 from edgert.storage.read_ahead import read_ahead
@@ -79,9 +82,10 @@ def pack(source: Path, out: Path | None = None, *, progress: Progress) -> Path:
     return pack_model(source, out, progress=progress).path
 
 
-def pack_model(source: Path, out: Path | None = None, *, progress: Progress) -> Packed:
+def pack_model(source: Path, out: Path | None = None, *, progress: Progress, profile: Profile | None = None) -> Packed:
     """Pack a model; a bundle that is there and current is left as it is, a half-packed one is gone on with.
 
+    profile: what the runtime is to choose policies and predictions by; weights are as they are without it.
     progress is called with what is going on (with MB/s and the time left) and a fraction; it may raise, and what is
     done is kept. Raises StorageError where the disk is full or read-only, OptionError where `out` is something else,
     and what opening the source raises.
@@ -90,15 +94,55 @@ def pack_model(source: Path, out: Path | None = None, *, progress: Progress) -> 
     out = default_out(source) if out is None else Path(out)
     started = time.perf_counter()
     with contextlib.closing(open_source(source, keep_pages=False)) as file, storage_errors(out):
-        packing = Packing(file, progress)
+        if profile is not None:
+            check_profile(profile, file, source)
+        packing, asked = Packing(file, progress), {PROFILE: profile_digest(profile)} if profile is not None else {}
+        packing.manifest.model = {**packing.manifest.model, **asked}
 
         def run(place: Place) -> tuple[int, int]:
             written = packing.fill(place)
+            if profile is not None:
+                add_profile(place, profile, packing.manifest, progress)
+            else:  # of a pack that was given up
+                (place.path / bundles.PROFILE).unlink(missing_ok=True)
+                (place.path / bundles.CHOICE).unlink(missing_ok=True)
             place.publish()
             return written
 
-        written, resumed = pack_locked(file, source, out, {}, progress, run)
+        written, resumed = pack_locked(file, source, out, asked, progress, run)
         return Packed(out, bundles.size(out), written, resumed, time.perf_counter() - started, packing.inexact)
+
+
+def check_profile(profile: Profile, file: TensorFile, source: Path) -> None:
+    """OptionError for a profile of another model."""
+    if profile.digest != model_digest(file):
+        raise OptionError(
+            f"the profile is of another model than {source} (it knows "
+            f"{profile.model.partition(' ModelConfig')[0]}): make one of this model with `edgert profile`"
+        )
+
+
+def add_profile(place: Place, profile: Profile, manifest: Manifest, progress: Progress) -> None:
+    """Put a profile into a bundle that is otherwise whole, and what the runtime chooses by it."""
+    from edgert.experts.profiled_choice import bundle_choice  # numba comes with it
+
+    progress("replaying the profile's routes", 1.0)
+    profile.save(place.path / bundles.PROFILE)
+    write_durably(place.path / bundles.CHOICE, bundle_choice(profile, manifest.record_bytes))
+
+
+def check_goal(out: Path, asked: Mapping[str, Any]) -> None:
+    """OptionError if something is at `out` that a pack with this goal must not replace."""
+    check_replaceable(out)
+    try:
+        held = _asked_of(bundles.read_manifest(out)) if out.exists() else asked
+    except EdgertError:  # damaged: it is packed anew
+        return
+    if not same_goal(held, asked):
+        raise OptionError(
+            f"{out} was packed with {asked_words(held)}, and this is {asked_words(asked)}: name another folder for it, "
+            f"or remove {out.name}"
+        )
 
 
 def pack_locked(
@@ -113,7 +157,7 @@ def pack_locked(
 
     asked: what was asked for beside the source's own weights. Gives the bytes written, and those that were there.
     """
-    check_replaceable(out)
+    check_goal(out, asked)
     why = _why_anew(out, source, file, asked)
     while not is_current(out, source, asked):
         with Place(out, lambda: progress(f"waiting: another process packs {out.name}", 0.0)) as place:
@@ -142,7 +186,16 @@ def is_current(bundle: Path, source: Path, asked: Mapping[str, Any] | None = Non
         return False
     whole = sizes == [manifest.hot_bytes, manifest.expert_bytes, manifest.metadata_bytes]
     same = manifest.source == str(source.resolve()) and now == manifest.files
-    return whole and same and manifest.bits.get("asked", {}) == (asked or {})
+    held = _asked_of(manifest)
+    return whole and same and (held == asked or (not asked and same_goal(held, {})))
+
+
+def _asked_of(manifest: Manifest) -> Mapping[str, Any]:
+    """What a bundle was asked to be; the source's own weights: nothing, or the digest of a profile that it has."""
+    held = manifest.bits.get("asked", {})
+    if not manifest.bits and PROFILE in manifest.model:
+        return {PROFILE: manifest.model[PROFILE]}
+    return held if isinstance(held, Mapping) else {}
 
 
 def _why_anew(out: Path, source: Path, file: TensorFile, asked: Mapping[str, Any]) -> str:
@@ -157,7 +210,7 @@ def _why_anew(out: Path, source: Path, file: TensorFile, asked: Mapping[str, Any
         raise OptionError(f"{out} was packed from {manifest.source}: remove it, or name another folder")
     if manifest.files != source_files(file):
         return f"{file.path.name} has changed since it was packed"
-    return f"{out.name} is damaged" if manifest.bits.get("asked", {}) == asked else "with other bits than it has"
+    return f"{out.name} is damaged" if _asked_of(manifest) == asked else "with another profile, or proved on other text"
 
 
 class Packing:

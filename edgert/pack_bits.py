@@ -9,215 +9,281 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from edgert import perplexity
-from edgert.allocating import Problem, Solution
+from edgert import chosen_bits
+from edgert.allocating import Problem, Solution, record_bytes
+from edgert.architectures import read_config
 from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes, hot_format
+from edgert.divergence import Rise, rise, token_losses
 from edgert.edgemoe import low_bits, try_alone
 from edgert.errors import OptionError
 from edgert.experts.allocation import Mask
 from edgert.experts.edgemoe import choose_low
-from edgert.experts.profile import Profile
-from edgert.experts.profiled_choice import bundle_choice, choice_bytes
+from edgert.experts.profile import Sensitivity
+from edgert.experts.profiled_choice import choice_bytes
 from edgert.experts.speed_allocation import routes_to_replay
-from edgert.goal import Goal
 from edgert.loading import context_of
-from edgert.model_digest import model_digest
-from edgert.pack import Packed, Packing, open_source, pack_locked, storage_errors, write_durably
+from edgert.loss_search import Search
+from edgert.pack import (
+    Packed,
+    Packing,
+    add_profile,
+    check_profile,
+    open_source,
+    pack_locked,
+    storage_errors,
+    write_durably,
+)
 from edgert.pack_place import Place
-from edgert.profiling import default_out as default_profile
-from edgert.profiling import profile_model
+from edgert.pack_request import Request as Request
+from edgert.pack_request import profile_for as profile_for
+from edgert.pack_request import work_of as work_of
 from edgert.proof import Proof, check, prove
 from edgert.quant.formats import FORMATS, Format
-from edgert.quantising import Bench, make_tiles, measure_sensitivity, reader, text_digest, weights_of
-from edgert.requantised import RequantisedSource
+from edgert.quantising import (
+    Bench,
+    candidates,
+    make_tiles,
+    measure_sensitivity,
+    profile_counts,
+    reader,
+    text_digest,
+    weights_of,
+)
+from edgert.requantised import Bytes, RequantisedSource
 from edgert.storage import bundle as bundles
 from edgert.storage.tensor_file import TensorFile
 from edgert.tier import tier_for
 from edgert.tile_store import TileStore
-from edgert.types import ModelConfig
+from edgert.types import Floats, ModelConfig
 from edgert.weights import Progress, Weights
 
-_ATTEMPTS = 6
-_CLOSE = 0.85  # of the bound: nearer than that, a smaller bundle is not sought
+_PROOFS = 3  # of ever smaller expected losses, where other text missed a bound that was kept where bits were chosen
+_LEAST_LOWERED, _MOST_LOWERED = 0.7, 0.25  # factors of the bound from one of them to the next
 _REPLAYED_TOKENS = 4000  # of the profile's routes, for speed
-_TOKENS, _HELD_OUT = 20_000, 0.2  # of a profile that is made here; half of what is kept back selects, half proves
-_CAUTION = 0.95  # of the loss that the last measurement lets expect
-
-
-@dataclass(frozen=True)
-class Request:
-    """A pack with chosen bits.
-
-    text: what to prove on, unseen by calibration, and its name; None takes what the profile kept back. options:
-    keywords of edgert.load.
-    """
-
-    source: Path
-    out: Path
-    profile: Profile
-    goal: Goal
-    text: str | None = None
-    text_name: str = ""
-    dask: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def asked(self) -> dict[str, Any]:
-        """What a bundle is compared with, to know whether it is the one that is asked for."""
-        return {**self.goal.as_document(), "profile": text_digest(self.profile)}
 
 
 @dataclass(frozen=True)
 class PackedBits:
-    """What came of it. proof, never_routed: None and empty where the bundle was there already."""
+    """What came of it, now or when the bundle that is there was packed. bits: as the manifest has it."""
 
     packed: Packed
-    bits: Mapping[str, Any]  # as the manifest has it
-    proof: Proof | None
-    never_routed: Sequence[tuple[int, int]]  # layer and number of experts that stay at four bits
+    bits: Mapping[str, Any]
+    proof: Proof
 
     def lines(self) -> Iterator[str]:
         """What a person should know of it."""
         size, quantiser = self.bits["bits_per_weight"], self.bits["quantiser"]
         yield f"experts: {size:.2f} bits per weight, scales counted ({quantiser})"
-        if self.proof is not None:
-            yield from self.proof.lines()
-        if self.never_routed:
-            some = ", ".join(f"{expert} of layer {layer}" for layer, expert in self.never_routed[:5])
-            more = f" and {len(self.never_routed) - 5} more" if len(self.never_routed) > 5 else ""
-            yield f"never routed to in the profile's text, and so kept at four bits: expert {some}{more}"
+        yield from chosen_bits.lines(self.bits)
+        yield from self.proof.lines()
 
 
 def pack_bits(request: Request, progress: Progress) -> PackedBits:
     """Pack a model with the bits that its goal asks for, proved.
 
-    Raises OptionError for a profile of another model or a goal that cannot be reached, with the figures, and what
-    packing and loading raise. What is done when it is interrupted is kept.
+    Raises OptionError for a profile of another model, too little text to prove on, or a goal that cannot be reached,
+    with the figures, and what packing and loading raise. What is done when it is interrupted is kept.
     """
-    started = time.perf_counter()
-    with contextlib.closing(open_source(request.source, keep_pages=False)) as file, storage_errors(request.out):
-        if request.profile.digest != model_digest(file):
-            raise OptionError(
-                f"the profile is of another model than {request.source} (it knows "
-                f"{request.profile.model.partition(' ModelConfig')[0]}): make one of this model with `edgert profile`"
-            )
+    started, out = time.perf_counter(), request.out
+    with contextlib.closing(open_source(request.source, keep_pages=False)) as file, storage_errors(out):
+        check_profile(request.profile, file, request.source)
         run = _Run(request, file, progress)
-        written, resumed = pack_locked(file, request.source, request.out, request.asked(), progress, run.fill)
-        n_bytes, seconds = bundles.size(request.out), time.perf_counter() - started
-        packed = Packed(request.out, n_bytes, written, resumed, seconds, run.inexact)
-    return PackedBits(packed, bundles.read_manifest(request.out).bits, run.proof, run.never_routed)
+        written, resumed = pack_locked(file, request.source, out, request.asked(), progress, run.fill)
+        packed = Packed(out, bundles.size(out), written, resumed, time.perf_counter() - started, run.inexact)
+    manifest = bundles.read_manifest(out)
+    return PackedBits(packed, manifest.bits, Proof.from_document(manifest.proof, f"{out}: its proof"))
 
 
 class _Run:
-    """One pack, from the first solution to the one that holds what was asked."""
+    """One pack, from the first solution to the one that holds what was asked; what needs no weights is checked now."""
 
     def __init__(self, request: Request, file: TensorFile, progress: Progress) -> None:
         self._request, self._file, self._progress = request, file, progress
         self._goal, self._profile = request.goal, request.profile
         self._bench = Bench(request.source, work_of(request.out), progress, request.dask, request.options)
-        self.proof: Proof | None = None
-        self.never_routed: list[tuple[int, int]] = []
+        self._hot = hot_format(self._goal.hot) if self._goal.hot else None
+        self._text = request.proof_text(file)
+        self._said: dict[str, Any] = {}  # of the bits that are packed, for the manifest
+        self._packed = ""  # digest of the bits in the place of the bundle
+        self._rises: dict[str, Rise] = {}  # measured, by digest of the bits
+        self._tried: list[str] = []
         self.inexact: dict[str, str] = {}
+        self._config = read_config(file.metadata, str(file.path))
+        self._check_size()
 
     def fill(self, place: Place) -> tuple[int, int]:
         """Fill and publish the place of the bundle."""
         with self._bench.model() as model:
             self._model, self._weights = model, weights_of(model)
-            self._hot = hot_format(self._goal.hot) if self._goal.hot else None
             quantiser = self._goal.quantiser
             self._store = TileStore(self._bench.work / f"tiles-{quantiser}", [text_digest(self._profile), quantiser])
             self._states = self._bench.states(model, self._profile)
-            if self._goal.loss is None or self._goal.format is not None:
-                written = self._attempt(place, self._sized(place))
+            if self._goal.loss is not None:
+                self._proved_within(place, self._goal.loss)
             else:
-                choose = self._as_edgemoe if self._goal.method == "edgemoe" else self._within_loss
-                written = choose(place, self._goal.loss)
+                self._pack(place, self._uniform() if self._goal.format is not None else self._sized())
+                self._proof = self._prove(place)
             self._finish(place)
-        return written
+        return self._written
 
     # ---- solutions ---------------------------------------------------------------------------------------------------
-    def _problem(self) -> Problem:
-        sensitivity = self._profile.sensitivity
-        if sensitivity is None or sensitivity.quantiser != self._goal.quantiser:
-            sensitivity = measure_sensitivity(self._bench, self._profile, self._goal.quantiser)
-        problem = Problem(sensitivity, self._weights.config, self._hot)
-        self.never_routed = problem.never_routed
-        return problem
-
-    def _sized(self, place: Place) -> Bits:
-        """The formats for a size, or the one format for all."""
-        config, goal = self._weights.config, self._goal
-        if goal.format is not None:
-            return uniform(FORMATS[goal.format], config, hot=self._hot, quantiser=goal.quantiser)
-        problem = self._problem()
+    def _check_size(self) -> None:
+        """OptionError, before anything is loaded, for a size below the least that the model can be quantised to."""
+        goal = self._goal
+        if goal.bits_per_weight is None and goal.n_bytes is None:
+            return
+        problem = Problem(self._unmeasured(), self._config, self._hot)
+        least = problem.smallest()
         if goal.bits_per_weight is not None:
-            return problem.within_bytes(int(goal.bits_per_weight * problem.n_weights / 8)).bits
-        assert goal.n_bytes is not None
-        smallest = Packing(self._file, self._progress, self._source(problem.smallest().bits))
-        m = smallest.manifest
-        self._profile.save(self._bench.work / bundles.PROFILE)
-        rest = m.hot_bytes + m.metadata_bytes + 2 * len(m.as_text())  # a proof is to come
-        rest += choice_bytes(m.record_bytes) + (self._bench.work / bundles.PROFILE).stat().st_size
-        return problem.within_records(goal.n_bytes - rest).bits
+            bits = math.ceil(800 * least.n_bytes / problem.n_weights) / 100
+            if goal.bits_per_weight < bits:
+                at_four = f" ({len(problem.never_routed):,} of them, never routed to, at four bits)"
+                raise OptionError(
+                    f"--size {goal.bits_per_weight:g}bpw is below {bits:g}bpw, the least that this model's experts can "
+                    f"be quantised to{at_four if problem.never_routed else ''}; use --size {bits:g}bpw or more"
+                )
+        else:
+            assert goal.n_bytes is not None
+            rest, experts = self._beside(least.bits), record_bytes(problem.shapes, least.bits)
+            if rest + experts > goal.n_bytes:
+                raise OptionError(
+                    f"--size {goal.n_bytes:,}B is too small: the bundle takes {rest + experts:,} bytes at least, "
+                    f"{experts:,} of them experts; use a larger one"
+                )
 
-    def _within_loss(self, place: Place, bound: float) -> tuple[int, int]:
-        """Attempts at the smallest bundle whose measured rise of perplexity stays within the bound."""
-        problem, written = self._problem(), (0, 0)
-        solve = self._fastest(problem) if self._goal.objective == "speed" else problem.within_loss
-        expected, best = math.log1p(bound), None
-        tried: list[str] = []
-        for _ in range(_ATTEMPTS):
-            try:
-                found = solve(expected)
-            except OptionError:
-                found = problem.largest()
-            written = self._attempt(place, found.bits)
-            worst = self._worst()
-            tried.append(f"{8 * found.n_bytes / problem.n_weights:.2f} bits: {worst:.2%}")
-            self._progress(f"attempt {len(tried)}: {tried[-1]} at most", 1.0)
-            if worst <= bound:
-                best = found
-                if worst >= _CLOSE * bound or found.n_bytes <= problem.smallest().n_bytes:
-                    return written
-            elif found.n_bytes >= problem.most_bytes:
-                break
-            rise = max(math.log1p(max(worst, -0.5)), 1e-6)
-            expected *= min(max(_CAUTION * math.log1p(bound) / rise, 0.05), 20.0)
-        if best is None:
-            raise OptionError(
-                f"--loss {bound:.2%} cannot be reached; bits per weight, and rise of perplexity with its standard "
-                f"error: {', '.join(tried)}; allow more, or calibrate on more text"
+    def _unmeasured(self) -> Sensitivity:
+        """What is known of sizes before anything is known of losses."""
+        names = candidates(Weights(self._file, self._config))
+        rows = profile_counts(self._profile).astype(np.int32)
+        errors: Floats = np.zeros((*rows.shape, len(PROJECTIONS), len(names)), np.float32)
+        gains: Floats = np.zeros(len(rows), np.float32)
+        return Sensitivity(self._goal.quantiser, names, errors, rows, gains, self._profile.n_tokens)
+
+    def _beside(self, bits: Bits) -> int:
+        """Bytes of a bundle beside its experts and its profile."""
+        m = Packing(self._file, self._progress, RequantisedSource(self._file, bits, _no_tiles)).manifest
+        # twice the text: a proof is to come
+        return m.hot_bytes + m.metadata_bytes + 2 * len(m.as_text()) + choice_bytes(m.record_bytes)
+
+    def _problem(self) -> Problem:
+        found = self._profile.sensitivity
+        if found is None or found.quantiser != self._goal.quantiser:
+            found = measure_sensitivity(self._bench, self._profile, self._goal.quantiser)
+            self._profile = self._profile.with_sensitivity(found)  # the bundle's has it, then
+        return Problem(found, self._weights.config, self._hot)
+
+    def _uniform(self) -> Bits:
+        """The one format for all."""
+        assert self._goal.format is not None
+        asked = FORMATS[self._goal.format]
+        bits = uniform(asked, self._weights.config, hot=self._hot, quantiser=self._goal.quantiser)
+        wide, narrow = (format.name for format in bits.formats)
+        if {wide, narrow} != {asked.name}:
+            self._said["instead"] = (
+                f"gate and up are {wide}, down is {narrow}: {asked.name} takes rows of a multiple of {asked.block}"
             )
-        return self._attempt(place, best.bits)
+        self._unknown("quantised knowing nothing of what they are given")
+        return bits
 
-    def _as_edgemoe(self, place: Place, bound: float) -> tuple[int, int]:
-        """The most experts of two bits, the least sensitive ones, that keep the bound; see edgemoe."""
+    def _sized(self) -> Bits:
+        """The formats of the least loss within a size."""
+        problem, goal = self._problem(), self._goal
+        if goal.bits_per_weight is not None:
+            found = problem.within_bytes(int(goal.bits_per_weight * problem.n_weights / 8))
+        else:
+            assert goal.n_bytes is not None
+            self._profile.save(kept := self._bench.work / bundles.PROFILE)
+            rest = self._beside(problem.smallest().bits) + kept.stat().st_size
+            found = problem.within_records(goal.n_bytes - rest)
+        self._said["optimum"] = (
+            f"no choice of these formats within {found.n_bytes:,} bytes of experts is expected to lose less than "
+            f"{found.bound:.4g} nats a token; this one {found.loss:.4g}"
+        )
+        self._unknown("so kept at four bits")
+        return found.bits
+
+    def _proved_within(self, place: Place, bound: float) -> None:
+        """Pack the smallest bundle that keeps the bound where bits are chosen, until one keeps it where it is proved.
+
+        There a standard error is allowed on top: that a text which was not chosen by says more is as likely as that it
+        says less, and bits are chosen with a standard error to spare.
+        """
+        choose = self._by_edgemoe(place) if self._goal.method == "edgemoe" else self._by_search(place)
+        aim = bound
+        for _ in range(_PROOFS):
+            if (bits := choose(aim, aim < bound)) is None:
+                break
+            self._pack(place, bits)
+            self._proof = self._prove(place)
+            found = self._proof.comparison
+            if found.increase <= bound + found.standard_error:
+                return
+            self._tried.append(f"{found.increase:+.2%} +/- {found.standard_error:.2%} where it is proved")
+            aim *= min(max(bound / found.increase, _MOST_LOWERED), _LEAST_LOWERED)
+        raise OptionError(
+            f"--loss {100 * bound:g}% cannot be reached; bits per weight, and rise of perplexity with its standard "
+            f"error: {', '.join(self._tried)}; allow more, or profile more text"
+        )
+
+    def _by_search(self, place: Place) -> Callable[[float, bool], Bits | None]:
+        """Chooses the smallest or fastest within a bound; `at_last`: the largest where none keeps it."""
+        problem = self._problem()
+        solve = self._fastest(problem) if self._goal.objective == "speed" else problem.within_loss
+        largest, smallest = problem.largest(), problem.smallest()
+        self._unknown("so kept at four bits")
+
+        def measure(found: Solution) -> Rise:
+            risen = self._measure(place, found.bits)
+            words = f"{8 * found.n_bytes / problem.n_weights:.2f} bits: {risen.increase:+.2%}"
+            self._tell(f"{words} +/- {risen.standard_error:.2%}")
+            return risen
+
+        def choose(bound: float, at_last: bool) -> Bits | None:
+            found = Search(solve, largest, smallest, measure).go(bound) or (largest if at_last else None)
+            if found is None:
+                return None
+            self._said["optimum"] = (
+                f"no choice of these formats that is expected to lose as little takes less than {found.bound:,.0f} "
+                f"bytes of experts; this one {found.n_bytes:,}"
+                if found.seconds is None
+                else f"experts are expected to take {1e3 * found.seconds:.3g} ms a token, if nothing is read ahead"
+            )
+            return found.bits
+
+        return choose
+
+    def _by_edgemoe(self, place: Place) -> Callable[[float, bool], Bits | None]:
+        """Chooses the most experts of two bits, the least sensitive ones, that keep a bound; see edgemoe."""
         from edgert.trial import Trial
-
-        quantiser, tried = self._goal.quantiser, list[tuple[int, tuple[int, int]]]()
-
-        def measure(low: Mask) -> float:
-            tried.append((int(low.sum()), self._attempt(place, low_bits(low, quantiser, self._hot))))
-            return self._worst()
 
         with Trial(self._model) as trial:
             parts = self._bench, self._weights, self._states, self._profile, self._store
-            alone = try_alone(*parts, trial, quantiser).loss
-        low = choose_low(alone, measure, bound).low
-        if tried[-1][0] != int(low.sum()):
-            measure(low)
-        return tried[-1][1]
+            alone = try_alone(*parts, trial, self._goal.quantiser).loss
+        self._unknown("so kept at four bits")
 
-    def _worst(self) -> float:
-        """The rise of perplexity that was measured, and a standard error."""
-        assert self.proof is not None
-        return self.proof.comparison.increase + self.proof.comparison.standard_error
+        def measure(low: Mask) -> float:
+            risen = self._measure(place, low_bits(low, self._goal.quantiser, self._hot))
+            self._tell(f"{int(low.sum()):,} experts of two bits: {risen.increase:+.2%} +/- {risen.standard_error:.2%}")
+            return risen.increase + risen.standard_error
+
+        return lambda bound, _: low_bits(choose_low(alone, measure, bound).low, self._goal.quantiser, self._hot)
+
+    def _tell(self, tried: str) -> None:
+        if tried not in self._tried:
+            self._tried.append(tried)
+            self._progress(f"attempt {len(self._tried)}: {tried}", 1.0)
+
+    def _unknown(self, what: str) -> None:
+        """Say which experts nothing is known of, and what became of them."""
+        if unused := chosen_bits.never_routed(self._profile):
+            self._said |= {"never_routed": unused, "unknown": what}
 
     def _fastest(self, problem: Problem) -> Callable[[float], Solution]:
         """What solves for speed on this machine's flash, in the memory of the goal."""
@@ -225,7 +291,8 @@ class _Run:
         source, config = self._source(problem.smallest().bits), self._weights.config
         weights = Weights(self._file, config, source=source)
         n_context = context_of(self._request.options.get("context"), config)
-        tier = tier_for(weights, self._goal.memory, self._request.out.parent, n_context)
+        tier, self._said["flash"] = tier_for(weights, self._goal.memory, self._request.out.absolute().parent, n_context)
+        self._progress(f"flash of {self._said['flash']}", 0.0)
         trace = routes_to_replay(self._profile, _REPLAYED_TOKENS)
         return lambda loss: problem.fastest(trace, tier, loss, self._progress)
 
@@ -233,72 +300,67 @@ class _Run:
     def _source(self, bits: Bits) -> RequantisedSource:
         return RequantisedSource(self._file, bits, reader(bits, self._store))
 
-    def _attempt(self, place: Place, bits: Bits) -> tuple[int, int]:
-        """Quantise, pack and measure; the bytes written, and those that were there."""
+    def _pack(self, place: Place, bits: Bits) -> None:
+        """Quantise and pack, unless that is what the place holds."""
+        if self._packed == bits.digest():
+            return
+        self._packed = ""
         make_tiles(self._bench, self._weights, self._states, bits, self._store)
         packing = Packing(self._file, self._progress, self._source(bits))
-        packing.manifest.bits = {"asked": self._request.asked(), **described(bits, self._weights.config)}
-        written = packing.fill(place)
-        self._manifest, self.inexact = packing.manifest, packing.inexact
-        self.proof = self._prove(place.path)
-        return written
+        self._bits = {"asked": self._request.asked(), **described(bits, self._weights.config)}
+        packing.manifest.bits = self._bits
+        self._written = packing.fill(place)
+        self._manifest, self.inexact, self._packed = packing.manifest, packing.inexact, bits.digest()
 
-    def _prove(self, bundle: Path) -> Proof:
+    def _measure(self, place: Place, bits: Bits) -> Rise:
+        """The rise of perplexity on the text that bits are chosen by; each choice, and the source, is measured once."""
         from edgert.model import load
 
-        chunks, name = held_out_chunks(self._profile), "text that the profile kept back"
-        if self._request.text is not None:
-            tokenizer, name = self._model.tokenizer, self._request.text_name
-            bos = tokenizer.bos_id if tokenizer.add_bos else None
-            chunks = perplexity.chunks(tokenizer.encode(self._request.text), self._profile.chunk, None, bos)
-        with load(bundle, progress=self._progress, **self._request.options) as candidate:
-            return prove(self._model, candidate, chunks, name, self._progress, checks=False)
+        if (key := bits.digest()) not in self._rises:
+            self._pack(place, bits)
+            chunks = self._text.select
+            if not self._rises:
+                self._before = token_losses(self._model, chunks, partial(self._progress, "measuring the source"))
+            with load(place.path, progress=self._progress, **self._request.options) as candidate:
+                after = token_losses(candidate, chunks, partial(self._progress, "measuring the attempt"))
+            self._rises[key] = rise(self._before, after)
+        return self._rises[key]
+
+    def _prove(self, place: Place) -> Proof:
+        from edgert.model import load
+
+        with load(place.path, progress=self._progress, **self._request.options) as candidate:
+            return prove(self._model, candidate, self._text.prove, self._text.name, self._progress, checks=False)
 
     def _finish(self, place: Place) -> None:
         """Say what was measured, add the profile, and give the bundle its name."""
         from edgert.model import load
 
-        assert self.proof is not None
         with load(place.path, progress=self._progress, **self._request.options) as candidate:
-            self.proof = check(self.proof, self._model, candidate, self._progress)
-        self._manifest.proof = self.proof.as_document()
-        self._profile.save(place.path / bundles.PROFILE)
-        self._progress("replaying the profile's routes", 1.0)
-        write_durably(place.path / bundles.CHOICE, bundle_choice(self._profile, self._manifest.record_bytes))
+            self._manifest.proof = check(self._proof, self._model, candidate, self._progress).as_document()
+        self._manifest.bits = {**self._bits, **self._said}
+        add_profile(place, self._profile, self._manifest, self._progress)
         write_durably(place.path / bundles.MANIFEST, self._manifest.as_text().encode())
         place.publish()
         self._bench.remove()
 
 
-def profile_for(source: Path, out: Path, given: Path | None, progress: Progress, options: Mapping[str, Any]) -> Profile:
-    """The profile that is given, or lies beside the model or the bundle to be; else one that is made now.
-
-    That is of text that the model writes, and is kept beside the bundle: the next pack, with another goal, finds it.
-    """
-    beside = out.with_name(f"{out.name.removesuffix('.edge')}.profile.npz")
-    for path in (given, default_profile(source), beside):
-        if path is not None and (path is given or path.exists()):
-            return Profile.load(path)
-    progress(f"no profile is given: the model writes text to calibrate on, kept in {beside}", 0.0)
-    made = profile_model(source, beside, n_tokens=_TOKENS, held_out=_HELD_OUT, progress=progress, **options)
-    return made.profile
-
-
-def work_of(out: Path) -> Path:
-    """Where what is under way is kept for a bundle or profile."""
-    return out.with_name(f"{out.name}.work")
-
-
-def held_out_chunks(profile: Profile) -> list[list[int]]:
-    """What a profile kept back, in chunks."""
-    return [chunk for domain in profile.domains for chunk in domain.held_out.reshape(-1, profile.chunk).tolist()]
+def _no_tiles(place: tuple[int, int, int], first: int, n_bytes: int) -> Bytes:
+    raise AssertionError(f"sizes are asked for, and so no tiles: {place}, {first}, {n_bytes}")
 
 
 def uniform(format: Format, config: ModelConfig, **others: Any) -> Bits:
     """One format for all experts, and where rows are too short for it the nearest that fits."""
     assert config.router is not None
     names = [format, *(FORMATS[name] for name in (f"int{format.bits}", "int4"))]
-    wide, narrow = (next(f for f in names if n_in % f.block == 0) for n_in in (config.d_model, config.d_expert))
+    widths = config.d_model, config.d_expert
+    fit = [[f for f in names if n_in % f.block == 0] for n_in in widths]
+    if not all(fit):
+        raise OptionError(
+            f"rows of {widths[0]} and {widths[1]} columns fit neither {format.name} nor int4, which takes multiples of "
+            "32; experts of this model stay as they are"
+        )
+    wide, narrow = (formats[0] for formats in fit)
     choice = np.zeros((config.n_layers, config.router.n_expert, len(PROJECTIONS)), np.int64)
     choice[:, :, PROJECTIONS.index("down")] = int(narrow is not wide)
     return Bits((wide, narrow), choice, **others)

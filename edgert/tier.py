@@ -18,8 +18,8 @@ USUAL_BYTES_PER_S = 1e9  # of a flash that was never measured
 READ_S = 1 / 12e9  # for a byte of weights in RAM: two cores of a small machine
 
 
-def tier_for(weights: Weights, memory: int, place: Path, n_context: int) -> Tier:
-    """The tier of a model with these weights on flash at `place`, in `memory` bytes.
+def tier_for(weights: Weights, memory: int, place: Path, n_context: int) -> tuple[Tier, str]:
+    """The tier of a model with these weights on flash at `place`, in `memory` bytes; and how its rate is known.
 
     OptionError where all experts fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
     """
@@ -30,5 +30,12 @@ def tier_for(weights: Weights, memory: int, place: Path, n_context: int) -> Tier
             f"all {needed.cold >> 20:,} MiB of experts fit --memory {memory >> 20:,}MiB: there the fewest bits are the "
             "fastest, leave --objective speed away"
         )
-    settings = flash_settings(place, needed.record)
-    return Tier(plan.slots, settings.bytes_per_s or USUAL_BYTES_PER_S)
+    rate, words = flash_rate(place, needed.record)
+    return Tier(plan.slots, rate), words
+
+
+def flash_rate(place: Path, record_bytes: int) -> tuple[float, str]:
+    """Bytes a second of records of this size on the flash at `place`, and how that is known, for a person."""
+    rate = flash_settings(place, record_bytes).bytes_per_s
+    known = "as measured here" if rate else f"a guess: {place} was never measured, which `edgert doctor {place}` does"
+    return rate or USUAL_BYTES_PER_S, f"{(rate or USUAL_BYTES_PER_S) / 1e6:,.0f} MB/s, {known}"

@@ -1,4 +1,4 @@
-"""The text that bits are chosen by and the text that proves them: never the same, never calibrated on, never endless."""
+"""The text that bits are chosen by and the text that proves them: never the same, or calibrated on, or endless."""
 
 from __future__ import annotations
 

@@ -79,7 +79,12 @@ def inspect_model(
 
 
 def show_model(description: Mapping[str, Any]) -> None:
-    """A description, with the proof in words."""
+    """A description, with how bits were chosen and the proof in words."""
+    if "chosen" in description.get("bits", {}):
+        from edgert.chosen_bits import words
+
+        bits = dict(description["bits"])
+        description = {**description, "bits": {**bits, "chosen": words(bits["chosen"])}}
     if "proof" in description:
         from edgert.proof import Proof
 

@@ -50,7 +50,12 @@ Method = Annotated[
 ]
 FormatName = Annotated[str | None, _option("--format", "NAME", "One format for all experts, such as int4 or int3-k.")]
 ProfileFile = Annotated[
-    Path | None, _option("--profile", "FILE", "What `edgert profile` wrote; beside SOURCE, or made now, if not set.")
+    Path | None,
+    _option(
+        "--profile",
+        "FILE",
+        "What `edgert profile` wrote; if not set, the one beside SOURCE or OUT, or one that is made now.",
+    ),
 ]
 Quantiser = Annotated[str | None, _option("--quantiser", "NAME", "rtn, hqq, awq or gptq; gptq if not set.")]
 Hot = Annotated[int | None, _option("--hot", "BITS", "Bits of hot weights that have more: 8 if not set; 0 keeps them.")]
@@ -82,29 +87,31 @@ def pack(
 ) -> None:
     """Pack a model into a bundle: the form that is read from flash, expert by expert.
 
-    By default every weight stays as the source has it. With --loss, --size or --format the experts are quantised, each
+    By default every weight stays as the source has it; --profile then adds what policies and predictions are chosen
+    by. With --loss, --size or --format the experts are quantised, each
     to bits of its own, and the result is measured against the source. What is there and current is left as it is; what
     an interrupted pack left is gone on with. The source stays.
     """
     words = {"loss": loss, "size": size, "objective": objective, "method": method, "format": format}
     others = {"quantiser": quantiser, "hot": hot}
     if all(value is None for value in words.values()):
-        told = {**others, "profile": profile, "proof": proof, "dask": dask}
+        told = {**others, "proof": proof, "dask": dask}
         given = [name for name, value in told.items() if value is not None]
         if given:
             raise OptionError(f"--{given[0]} is for choosing bits: add --loss 2%, --size 3.0bpw or --format int4")
-        _pack_as_it_is(source, out, json)
+        _pack_as_it_is(source, out, profile, json)
         return
     goal = _goal({**words, **others}, chosen.runtime.get("memory"))
     text = None if proof is None else read_file(proof)
     with reporting("packing") as report:
-        from edgert.pack import default_out
+        from edgert.pack import check_goal, default_out
         from edgert.pack_bits import Request, pack_bits, profile_for, work_of
 
         target = out or default_out(source)
         options = {**chosen.runtime}
         if goal.memory is not None:  # what the runtime will have, not this
             options.pop("memory")
+        check_goal(target, goal.as_document())
         try:
             found = profile_for(source, target, profile, report, options)
             request = Request(source, target, found, goal, text, str(proof or ""), dask, options)
@@ -130,13 +137,18 @@ def _goal(words: dict[str, Any], memory: Any) -> Goal:
     return Goal(**fields)
 
 
-def _pack_as_it_is(source: Path, out: Path | None, json: bool) -> None:
+def _pack_as_it_is(source: Path, out: Path | None, profile: Path | None, json: bool) -> None:
     with reporting("packing") as report:
         from edgert.pack import default_out, pack_model
         from edgert.pack_place import part_of
 
+        found = None
+        if profile is not None:
+            from edgert.experts.profile import Profile
+
+            found = Profile.load(profile)
         try:
-            packed = pack_model(source, out, progress=report)
+            packed = pack_model(source, out, progress=report, profile=found)
         except KeyboardInterrupt:
             if (part := part_of(out or default_out(source))).exists():
                 output.note(f"stopped; {part} is kept: pack again to go on, or remove it")
@@ -173,9 +185,7 @@ def _show(packed: Packed) -> None:
 def _show_bits(found: PackedBits, json: bool) -> None:
     """What came of a pack with chosen bits."""
     if json:
-        output.write_json(
-            {**_document(found.packed), "bits": dict(found.bits), "proof": found.proof and found.proof.as_document()}
-        )
+        output.write_json({**_document(found.packed), "bits": dict(found.bits), "proof": found.proof.as_document()})
         return
     packed, size = found.packed, output.binary_size(found.packed.n_bytes)
     if not packed.written and not packed.resumed:
