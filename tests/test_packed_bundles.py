@@ -21,13 +21,10 @@ from edgert.pack_bits import PackedBits, Request, pack_bits, work_of
 from edgert.profiling import profile_model
 from edgert.storage.bundle import CHOICE, PROFILE, read_manifest
 from edgert.tier import flash_rate
+from edgert.weights import silent
 from tests import tiny_moe
 
 RUN = CliRunner()
-
-
-def silent(stage: str, fraction: float) -> None:
-    """Progress that nobody looks at."""
 
 
 @pytest.fixture(scope="module")

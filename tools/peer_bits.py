@@ -125,9 +125,10 @@ def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> li
     tensors = [tensor for tensor in gguf.GGUFReader(args.model).tensors if len(tensor.shape) > 1]
     n_weights = sum(int(tensor.n_elements) for tensor in tensors if "_exps" in tensor.name)
     hot = sum(int(tensor.n_elements) for tensor in tensors if "_exps" not in tensor.name)  # in bytes, to begin with
-    out, total = args.work / f"{name}.edge", size + 1
+    total = size + 1
     while total > size:
         goal = Goal(bits_per_weight=8 * (size - hot) / n_weights)
+        out = args.work / f"{name}-{goal.bits_per_weight:.4f}bpw.edge"
         found = pack_bits(Request(args.model, out, profile, goal, options={"context": 512}), silent)
         manifest = read_manifest(out)
         hot = sum(tensor.n_bytes for tensor in manifest.tensors.values() if len(tensor.shape) == 2)
