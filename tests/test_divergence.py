@@ -9,7 +9,7 @@ import pytest
 from models import golden_path
 
 import edgert
-from edgert.divergence import ChunkScores, compare, score_chunks, summary
+from edgert.divergence import ChunkScores, compare, rise, score_chunks, summary, token_losses
 from edgert.errors import BusyError, ContextLengthError, OptionError
 
 TOKENS = np.random.default_rng(5).integers(0, 300, 200).tolist()
@@ -31,12 +31,14 @@ def test_a_comparison_is_what_the_logits_say() -> None:
             same += (log_p.argmax(axis=1) == log_q.argmax(axis=1)).tolist()
         with pytest.raises(BusyError):
             compare(ours, ours, chunks)
+        alone = rise(token_losses(ours, chunks), token_losses(theirs, chunks))  # one model after the other
         exact = [float(np.exp(np.concatenate([pair[i] for pair in losses]).mean())) for i in (0, 1)]
         value = ours.perplexity("hello world, hello", chunk=6)
     assert (found.n_chunks, found.n_tokens) == (3, 19 + 16 + 1)
     assert found.perplexity_before == pytest.approx(exact[0], rel=1e-5)
     assert found.perplexity_after == pytest.approx(exact[1], rel=1e-5)
     assert found.increase == pytest.approx(exact[1] / exact[0] - 1, abs=1e-5)
+    assert alone == (found.increase, found.standard_error)
     assert found.kl == pytest.approx(np.mean(kl), abs=1e-5) and found.top1 == np.mean(same)
     assert found.kl_99 == pytest.approx(np.quantile(kl, 0.99), abs=1e-5) and found.kl_99 >= found.kl > 0
     assert [fraction for fraction, _ in seen] == pytest.approx([1 / 3, 2 / 3, 1])
