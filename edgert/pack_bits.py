@@ -249,12 +249,18 @@ class _Run:
             found = Search(solve, largest, smallest, measure).go(bound) or (largest if at_last else None)
             if found is None:
                 return None
-            self._said["optimum"] = (
-                f"no choice of these formats that is expected to lose as little takes less than {found.bound:,.0f} "
-                f"bytes of experts; this one {found.n_bytes:,}"
-                if found.seconds is None
-                else f"experts are expected to take {1e3 * found.seconds:.3g} ms a token, if nothing is read ahead"
-            )
+            if found is largest:
+                self._said["optimum"] = "the least loss that the formats reach"
+            elif found.seconds is None:
+                self._said["optimum"] = (
+                    f"no choice of these formats that is expected to lose as little takes less than {found.bound:,.0f} "
+                    f"bytes of experts; this one {found.n_bytes:,}"
+                )
+            else:
+                milliseconds = 1e3 * found.seconds
+                self._said["optimum"] = (
+                    f"experts are expected to take {milliseconds:.3g} ms a token where none is read ahead"
+                )
             return found.bits
 
         return choose
