@@ -1,7 +1,7 @@
 """What bits per expert cost: perplexity and divergence of a model with its experts in other formats, as one table.
 
-python tools/bits_table.py MODEL PROFILE.npz [--text FILE] [--chunks 64] [--quantisers rtn,hqq,awq,gptq] [--bpw 4.5,4,...]
-                           [--formats int4,int3-k,...] [--work FOLDER] [--json FILE]
+python tools/bits_table.py MODEL PROFILE.npz [--text FILE] [--chunks 64] [--quantisers rtn,hqq,awq,gptq]
+                           [--bpw 4.5,4,...] [--formats int4,int3-k,...] [--work FOLDER] [--json FILE]
 
 Uniform settings (all widths, groups, with minimum and without, and two-level scales) and mixed allocations, each put
 into the loaded model in the place of its experts; hot weights stay as the source has them. Mixed ones are compared with
