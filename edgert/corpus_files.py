@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgert.errors import OptionError
+from edgert.storage.bundle import is_bundle
 
 Message = dict[str, str]  # role and content, as chat templates want them
 Document = str | list[Message]
 
 _JSON, _LINES = (".json",), (".jsonl", ".ndjson")
 _MOST_JSON, _MOST_LINE = 256 << 20, 16 << 20
+_MODEL = b"GGUF"
+_NO_TEXT = "{path} is a model, no text: the model comes first, as in edgert profile MODEL --corpus FILE..."
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "turns", "dialogue", "dialog")
 _ROLES, _CONTENTS = ("role", "from", "speaker"), ("content", "value", "text", "utterance")
@@ -40,7 +43,14 @@ def read_parts(path: Path, n_parts: int, part_bytes: int) -> list[list[Document]
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OptionError(f"{path} is no regular file: name files of text")
+            if file.read(len(_MODEL)) == _MODEL:
+                raise OptionError(_NO_TEXT.format(path=path))
+            file.seek(0)
             parts = _parts(file, path, status.st_size, n_parts, part_bytes)
+    except IsADirectoryError as error:
+        is_model = is_bundle(path) or (path / "config.json").exists()
+        problem = _NO_TEXT if is_model else "{path} cannot be read (Is a directory): name the files of text in it"
+        raise OptionError(problem.format(path=path)) from error
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}): name a file of text, .json or .jsonl") from error
     except ValueError as error:  # a path with a null character

@@ -46,21 +46,36 @@ class Alone(NamedTuple):
 def try_alone(
     bench: Bench, weights: Weights, states: States, profile: Profile, store: TileStore, trial: Trial, quantiser: str
 ) -> Alone:
-    """Try every expert alone at the low width, all others at the base. The tiles of both are left in the store."""
+    """Try every expert alone at the low width, all others at the base. The tiles of both are left in the store.
+
+    What became of each is kept in the bench's folder, so that a kill costs one expert's turn.
+    """
     shape, chunks = profile.record_bytes.shape, trial_chunks(profile, _CHUNKS)
+    kept = bench.store("alone", profile, quantiser, BASE.name, LOW.name, str(_CHUNKS))
     base, low = (low_bits(np.full(shape, lowered), quantiser, None) for lowered in (False, True))
     for bits in (base, low):
         make_tiles(bench, weights, states, bits, store)
     for layer in profile.layers:
         put_layer(trial, weights, base, reader(base, store), layer)
-    found, n_experts = Alone(np.full(shape, np.nan), np.full(shape, np.nan)), len(profile.layers) * profile.n_expert
-    meter = Meter(bench.progress, "one expert at a time", n_experts, speed=lambda rate: f"{rate:.1f} experts/s")
+    places = [(layer, expert) for layer in profile.layers for expert in range(profile.n_expert)]
     routed = profile.frequency() > 0
-    for layer in profile.layers:
-        for expert in np.flatnonzero(routed[layer]).tolist():
-            put_expert(trial, weights, low, reader(low, store), layer, expert)
-            measured = trial.measure(chunks)
-            found.loss[layer, expert], found.kl[layer, expert] = float(measured.losses.mean()), measured.kl
-            put_expert(trial, weights, base, reader(base, store), layer, expert)
-            meter.add(1, f"layer {layer}, expert {expert}")
+    turns = {place: kept.array("-".join(map(str, place))) for place in places if routed[place]}
+    missing = [place for place, turn in turns.items() if turn is None]
+    meter = Meter(
+        bench.progress,
+        "one expert at a time",
+        len(turns),
+        len(turns) - len(missing),
+        speed=lambda rate: f"{rate:.1f} experts/s",
+    )
+    for layer, expert in missing:
+        put_expert(trial, weights, low, reader(low, store), layer, expert)
+        measured = trial.measure(chunks)
+        turn = turns[layer, expert] = np.array([measured.losses.mean(), measured.kl])
+        kept.put_array(f"{layer}-{expert}", turn)
+        put_expert(trial, weights, base, reader(base, store), layer, expert)
+        meter.add(1, f"layer {layer}, expert {expert}")
+    found = Alone(np.full(shape, np.nan), np.full(shape, np.nan))
+    for place, values in turns.items():
+        found.loss[place], found.kl[place] = values if values is not None else (np.nan, np.nan)
     return found

@@ -1,6 +1,8 @@
 """What is computed for one expert by itself, in whichever process: the cost of formats, or the tiles of chosen ones.
 
-A job holds all that it needs and gives the same bits on every machine, so that jobs may run in any order and again.
+A job holds all that it needs, and jobs may run in any order and again: the same bits come of it on machines of one kind
+with one NumPy. Other instruction sets or another NumPy, whose linear algebra picks its kernels by them, may round
+otherwise, and so now and then take another integer.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def run_jobs(
     told; JobError when it has cost three workers, or when the cluster is gone. What the function raises is raised, and
     the rest is not run. Close the iterator to stop early: `with contextlib.closing(run_jobs(...)) as results`.
     """
-    with _processes(workers) if dask is None else _cluster(dask) as place:
+    with _processes(workers) if dask is None else _cluster(dask, notice) as place:
         yield from _run(place, function, jobs, notice)
 
 
@@ -145,7 +145,7 @@ def _processes(workers: int | None) -> Iterator[_Place]:
 
 # ---- a cluster -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _cluster(address: str) -> Iterator[_Place]:
+def _cluster(address: str, notice: Notice) -> Iterator[_Place]:
     """Dask runs a job again by itself when its worker dies, three times unless its settings say otherwise.
 
     It suspects all jobs that were at a worker when it died; the second of our tries, alone, finds the one.
@@ -165,7 +165,7 @@ def _cluster(address: str) -> Iterator[_Place]:
         ) from error
     with client, config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
         cluster = _Cluster(address, client, distributed.TimeoutError)
-        cluster.check_sources()
+        cluster.check_sources(notice)
         executor = client.get_executor(pure=False)
         try:
             yield _Place(executor, cluster.room, (distributed.KilledWorker,), 2)
@@ -191,21 +191,49 @@ class _Cluster:
             raise JobError(f"the cluster at {self._address} has had no worker for {_PATIENCE_S:.0f} s; start some")
         return 1
 
-    def check_sources(self) -> None:
-        """JobError unless the workers run this edgert, for another one may give other results."""
+    def check_sources(self, notice: Notice) -> None:
+        """JobError unless the workers run this edgert; `notice` where NumPy or the CPU is another than here.
+
+        The one may give other results, the other results that are rounded otherwise.
+        """
         try:
             self._client.wait_for_workers(1, timeout=_PATIENCE_S)
             stamps = self._client.run(sources_stamp)
+            here = sources_stamp()
+            others = sorted(worker for worker, stamp in stamps.items() if stamp != here)
+            kinds = {} if others else self._client.run(machine_kind)
         except self._timeout as error:
             raise JobError(f"the cluster at {self._address} has no worker; start some") from error
         except ImportError as error:
             raise JobError(f"a worker of {self._address} has no edgert ({_line(error)}); install it there") from error
-        here = sources_stamp()
-        others = sorted(worker for worker, stamp in stamps.items() if stamp != here)
         if others:
             raise JobError(
                 f"{len(others)} workers, {others[0]} one of them, run another edgert; install this one there"
             )
+        ours = machine_kind()
+        if unlike := sorted(worker for worker, kind in kinds.items() if kind != ours):
+            how = _difference(kinds[unlike[0]], ours)
+            notice(
+                f"{len(unlike)} workers, {unlike[0]} one of them, have another NumPy or CPU ({how}): a few values may "
+                "be rounded otherwise than here"
+            )
+
+
+def machine_kind() -> tuple[str, tuple[str, ...]]:
+    """What rounding depends on: the version of NumPy, and the instruction sets of this CPU."""
+    import numpy as np
+
+    from edgert.quant import isa
+
+    return np.__version__, tuple(sorted(isa.cpu_features()))
+
+
+def _difference(theirs: tuple[str, tuple[str, ...]], ours: tuple[str, tuple[str, ...]]) -> str:
+    """What tells two kinds of machines apart, in a few words."""
+    if theirs[0] != ours[0]:
+        return f"NumPy {theirs[0]}, here {ours[0]}"
+    more, fewer = (sorted(set(a) - set(b))[:3] for a, b in ((theirs[1], ours[1]), (ours[1], theirs[1])))
+    return ", ".join([*(f"with {name}" for name in more), *(f"without {name}" for name in fewer)])
 
 
 def sources_stamp() -> str:

@@ -1,6 +1,7 @@
 """Calibration text that a model writes itself: answers to prompts of several kinds, drawn at temperature 1.
 
 Each chunk has its own seed and its own prompts, so it is the same whatever was written before, or by which process.
+Some prompts are for the chunks alone that are kept back for proofs.
 """
 
 from __future__ import annotations
@@ -38,21 +39,26 @@ _PROMPTS = (
     ("How do I fix a flat bicycle tyre?", "To repair a puncture, first"),
     ("What should a tenant look for in a contract?", "This agreement is made between"),
 )
+_KEPT_BACK = _PROMPTS[1::4]
+_CALIBRATED = tuple(prompt for prompt in _PROMPTS if prompt not in _KEPT_BACK)
 _STRIDE = 7  # prompts between the first ones of two chunks
+_KEPT_BACK_SEED = 1 << 20  # added to the number of a chunk
 
 
-def write_chunk(parts: Parts, number: int, chunk: int, written: Callable[[int], None]) -> list[int]:
-    """The chunk of that number: `chunk` token ids. written(1) is called with each token drawn.
+def write_chunk(
+    parts: Parts, number: int, chunk: int, written: Callable[[int], None], *, held_out: bool = False
+) -> list[int]:
+    """The chunk of that number, to calibrate on or to keep back: `chunk` token ids. written(1): a token more is drawn.
 
     The session holds them, but for the last, afterwards.
     """
     engine, session, tokenizer = parts.engine, parts.session, parts.tokenizer
-    sampler = Sampler(Sampling(temperature=1.0, seed=number))
+    sampler = Sampler(Sampling(temperature=1.0, seed=number + held_out * _KEPT_BACK_SEED))
     session.tokens.clear()
     tokens: list[int] = []
-    prompt = number * _STRIDE
+    prompts, prompt = _KEPT_BACK if held_out else _CALIBRATED, number * _STRIDE
     while len(tokens) < chunk:
-        asked = _prompt(parts, prompt)[: chunk - len(tokens)]
+        asked = _prompt(parts, *prompts[prompt % len(prompts)])[: chunk - len(tokens)]
         prompt += 1
         tokens += asked
         written(len(asked))
@@ -73,8 +79,7 @@ def _run(engine: Engine, session: Session, tokens: list[int]) -> int:
     return list(engine.prefill(tokens, session))[-1]
 
 
-def _prompt(parts: Parts, number: int) -> list[int]:
-    question, start = _PROMPTS[number % len(_PROMPTS)]
+def _prompt(parts: Parts, question: str, start: str) -> list[int]:
     if parts.template.is_default:
         return parts.tokenizer.encode(start)
     return parts.template.encode([{"role": "user", "content": question}])

@@ -43,7 +43,6 @@ from edgert.pack import (
 from edgert.pack_place import Place
 from edgert.pack_request import Request as Request
 from edgert.pack_request import profile_for as profile_for
-from edgert.pack_request import work_of as work_of
 from edgert.proof import Proof, check, prove
 from edgert.quant.formats import FORMATS, Format
 from edgert.quantising import (
@@ -53,16 +52,15 @@ from edgert.quantising import (
     measure_sensitivity,
     profile_counts,
     reader,
-    text_digest,
     weights_of,
 )
 from edgert.requantised import Bytes, RequantisedSource
 from edgert.storage import bundle as bundles
 from edgert.storage.tensor_file import TensorFile
 from edgert.tier import tier_for
-from edgert.tile_store import TileStore
 from edgert.types import Floats, ModelConfig
 from edgert.weights import Progress, Weights
+from edgert.work_folder import work_of
 
 _PROOFS = 3  # of ever smaller expected losses, where other text missed a bound that was kept where bits were chosen
 _LEAST_LOWERED, _MOST_LOWERED = 0.7, 0.25  # factors of the bound from one of them to the next
@@ -123,7 +121,7 @@ class _Run:
         with self._bench.model() as model:
             self._model, self._weights = model, weights_of(model)
             quantiser = self._goal.quantiser
-            self._store = TileStore(self._bench.work / f"tiles-{quantiser}", [text_digest(self._profile), quantiser])
+            self._store = self._bench.store(f"tiles-{quantiser}", self._profile, quantiser)
             self._states = self._bench.states(model, self._profile)
             if self._goal.loss is not None:
                 self._proved_within(place, self._goal.loss)

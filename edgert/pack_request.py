@@ -66,8 +66,3 @@ def profile_for(source: Path, out: Path, given: Path | None, progress: Progress,
     progress(f"no profile is given: the model writes text to calibrate on, kept in {beside}", 0.0)
     made = profile_model(source, beside, n_tokens=_TOKENS, held_out=_HELD_OUT, progress=progress, **options)
     return made.profile
-
-
-def work_of(out: Path) -> Path:
-    """Where what is under way is kept for a bundle or profile."""
-    return out.with_name(f"{out.name}.work")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from edgert.architectures import read_config
-from edgert.corpus import Corpus, chunks_for, read_corpora
+from edgert.corpus import Corpus, chunks_for, least_held_out, read_corpora, template_words, without_copies
 from edgert.errors import ModelFileError, OptionError, StorageError
 from edgert.experts.moments import Moments
 from edgert.experts.profile import OWN_TEXT, Domain, Profile
@@ -27,6 +27,7 @@ from edgert.experts.replay import compare_predictors
 from edgert.loading import Parts, open_model, resolve, words
 from edgert.model import load
 from edgert.model_digest import model_digest as model_digest
+from edgert.model_sizes import model_sizes
 from edgert.needs import record_bytes
 from edgert.own_text import write_chunk
 from edgert.pack import stem
@@ -36,8 +37,11 @@ from edgert.storage.bundle import is_bundle
 from edgert.streaming import model_key
 from edgert.types import Ids
 from edgert.weights import Progress
+from edgert.work_folder import locked_work
 
 CHUNK = 512  # tokens, or as many as the context holds
+N_TOKENS, HELD_OUT = 20_000, 0.1  # to calibrate on, and the share of each text that is kept back
+_WRITING = 2  # how a model's own text is written: to be raised with what changes it
 _WRITTEN, _RUN, _AHEAD = 0.65, 0.8, 0.9  # of the work, roughly, when its parts are done
 
 
@@ -68,8 +72,8 @@ def profile_model(
     out: Path | None = None,
     *,
     corpora: Sequence[Path] = (),
-    n_tokens: int,
-    held_out: float,
+    n_tokens: int = N_TOKENS,
+    held_out: float = HELD_OUT,
     progress: Progress,
     **runtime: Any,
 ) -> Profiled:
@@ -77,16 +81,17 @@ def profile_model(
 
     corpora: files of text, see corpus_files; without any the model writes its own. held_out: the share of each that is
     kept back. runtime: keywords of edgert.load. progress(stage, fraction) may raise: what was run is kept, and the next
-    call with the same text goes on from there. A profile of this text that is there is left as it is. Raises
-    EdgertError.
+    call with the same text goes on from there. A profile that is there is left as it is: OptionError unless it is of
+    this model and text; so too while another process is at work on it. Raises EdgertError.
     """
     out = default_out(model) if out is None else Path(out)
     run = _Run(model, out, corpora, n_tokens, held_out, progress, runtime)
-    found = run.found()
-    if found is not None:
-        return Profiled(found, out, 0, found.n_tokens, 0.0, run.notes)
-    _check_writable(out)
-    return run.go()
+    if (found := run.found()) is None:
+        _check_writable(out)
+        with locked_work(out):
+            if (found := run.found()) is None:  # nor written by another process in between
+                return run.go()
+    return Profiled(found, out, 0, found.n_tokens, 0.0, run.notes)
 
 
 class _Run:
@@ -128,11 +133,12 @@ class _Run:
             )
         n_chunks = chunks_for(n_tokens, self._chunk)
         self._n_own = 0 if corpora else n_chunks  # chunks that the model writes itself, and those to keep back
-        self._n_own_held_out = max(1, round(n_chunks * held_out / (1 - held_out))) if held_out and not corpora else 0
+        least = max(1, least_held_out(n_chunks), round(n_chunks * held_out / (1 - held_out)))
+        self._n_own_held_out = least if held_out and not corpora else 0
         self.notes = tuple(note for one in self._corpora for note in one.notes)
 
     def found(self) -> Profile | None:
-        """The profile at `out`, if it is this one. OptionError: `out` is something else, which is not replaced."""
+        """The profile at `out`, if there is one. OptionError: `out` is another, or something else, which stays."""
         if not self._out.exists():
             return None
         try:
@@ -141,16 +147,50 @@ class _Run:
             raise OptionError(
                 f"{self._out} is there already, and is no profile: remove it, or name another file with --out"
             ) from error
-        if (profile.digest, profile.chunk) != (self._digest, self._chunk):
-            return None
+        if difference := self._difference(profile):
+            raise OptionError(
+                f"{self._out} is there already, a profile with other settings ({difference}): name another file with "
+                "--out, or remove it"
+            )
+        return profile
+
+    def _difference(self, profile: Profile) -> str:
+        """What tells a profile from the one that this run would make; "" if it is that."""
+        if profile.digest != self._digest:
+            return f"of another model than {self._path.name}"
+        if profile.chunk != self._chunk:
+            return f"in chunks of {profile.chunk} tokens, not of {self._chunk}, see --context"
+        if profile.own_text != (not self._corpora):
+            return "of text that the model wrote itself" if profile.own_text else "of --corpus files, not of own text"
+        theirs = {domain.name: (domain.tokens, domain.held_out) for domain in profile.domains}
+        known = profile.settings.get("kinds", self._kinds())
+        if known != self._kinds():
+            return f"run with {_named(known)}, not with {_named(self._kinds())}"
         if not self._corpora:
-            one = profile.domains[0]
-            sizes = len(profile.domains), len(one.tokens) // self._chunk, len(one.held_out) // self._chunk
-            same = profile.own_text and sizes == (1, self._n_own, self._n_own_held_out)
-        else:
-            theirs = [(domain.name, domain.tokens.tolist(), domain.held_out.tolist()) for domain in profile.domains]
-            same = theirs == [(one.name, _flat(one.tokens), _flat(one.held_out)) for one in self._corpora]
-        return profile if same else None
+            if list(theirs) != [OWN_TEXT]:
+                return f"of {', '.join(theirs)}"
+            found = profile.settings.get("own") or [len(tokens) // self._chunk for tokens in theirs[OWN_TEXT]]
+            both = [
+                f"{calibrated * self._chunk:,} tokens of own text, {kept * self._chunk:,} more kept back"
+                for calibrated, kept in (found, (self._n_own, self._n_own_held_out))
+            ]
+            return "" if both[0] == both[1] else f"{both[0]}, not {both[1]}"
+        ours = {one.name: (len(one.tokens), len(one.held_out)) for one in self._corpora}
+        if list(theirs) != list(ours):
+            return f"of {', '.join(theirs)}, not of {', '.join(ours)}"
+        for name, counts in ours.items():
+            for found, count, which in zip(theirs[name], counts, ("tokens", "tokens kept back"), strict=True):
+                if len(found) != count * self._chunk:
+                    return f"{len(found):,} {which} of {name}, not {count * self._chunk:,}"
+        for one in self._corpora:
+            for found, chunks in zip(theirs[one.name], (one.tokens, one.held_out), strict=True):
+                if found.tolist() != _flat(chunks):
+                    return f"{one.name} had other text"
+        return ""
+
+    def _own(self) -> list[int] | None:
+        """Chunks that the model is to write to calibrate on and to keep back, if it is."""
+        return None if self._corpora else [self._n_own, self._n_own_held_out]
 
     def go(self) -> Profiled:
         """Run what has not been run, and write the profile."""
@@ -168,29 +208,40 @@ class _Run:
         runtime = {**self._runtime, "context": self._chunk, "progress": self._loading, "reserved": self._needed()}
         with load(self._path, **runtime) as model, model.held() as parts, _kept(journal):
             progress = self._progress
-            corpora = self._corpora or [self._write(parts, journal, part_of(progress, 0.0, _WRITTEN))]
+            template = template_words(parts.template)
+            corpora = self._corpora
+            if not corpora:
+                written = self._write(parts, journal, part_of(progress, 0.0, _WRITTEN))
+                corpora = without_copies([written], template)
             started = time.perf_counter()
             run_chunks(parts, journal, corpora, part_of(progress, 0.0 if self._corpora else _WRITTEN, _RUN))
             seconds = time.perf_counter() - started
             key, sizes = model_key(parts.file.metadata, config), record_bytes(parts.weights)
+            settings = {"kinds": self._kinds(), "own": self._own(), "template": template, "model": model_sizes(parts)}
             trace, n_warm = record_scores(parts, journal, corpora, key, sizes, part_of(progress, _RUN, _AHEAD))
         recall = compare_predictors(trace, part_of(progress, _AHEAD, 1.0), n_warm)
-        profile = self._profile(key, sizes, corpora, journal, {name: np.array(rows) for name, rows in recall.items()})
+        found = {name: np.array(rows) for name, rows in recall.items()}
+        profile = self._profile(key, sizes, corpora, journal, found, settings)
         with _storage_errors(self._out):
             profile.save(self._out)
         journal.remove()
-        return Profiled(profile, self._out, profile.n_tokens - n_resumed, n_resumed, seconds, self.notes)
+        notes = tuple(note for one in corpora for note in one.notes)
+        return Profiled(profile, self._out, profile.n_tokens - n_resumed, n_resumed, seconds, notes)
 
     def _loading(self, stage: str, fraction: float) -> None:
         """Progress of loading, which is not the end."""
         if fraction < 1:
             self._progress(stage, fraction)
 
+    def _kinds(self) -> list[Any]:
+        """Options of running that decide the bits."""
+        return [self._runtime.get(name) for name in ("kv_type", "activations")]
+
     def _about(self) -> Any:
         """What decides the bits of a profile."""
         text = [[one.name, _digest(one.tokens), _digest(one.held_out)] for one in self._corpora]
-        kinds = [self._runtime.get(name) for name in ("kv_type", "activations")]
-        return [self._digest, self._chunk, text or [self._n_own, self._n_own_held_out], kinds]
+        kinds = self._kinds()
+        return [self._digest, self._chunk, text or [_WRITING, self._n_own, self._n_own_held_out], kinds]
 
     def _needed(self) -> int:
         """Bytes that profiling takes beside the model: sums, routes, rows of one layer as float64."""
@@ -207,12 +258,20 @@ class _Run:
         meter = tokens_meter(progress, "the model writes its own text", n_chunks * chunk, done * chunk)
         for number in range(done, n_chunks):
             words = f"{number * chunk:,} of {n_chunks * chunk:,} tokens"
-            journal.add(own_text=write_chunk(parts, number, chunk, partial(meter.add, words=words)))
+            written, is_kept_back = partial(meter.add, words=words), number >= self._n_own
+            place = number - self._n_own if is_kept_back else number
+            journal.add(own_text=write_chunk(parts, place, chunk, written, held_out=is_kept_back))
         chunks = journal.own_text
         return Corpus(OWN_TEXT, chunks[: self._n_own], chunks[self._n_own : n_chunks])
 
     def _profile(
-        self, key: str, sizes: Ids, corpora: Sequence[Corpus], journal: ProfileJournal, recall: dict[str, Any]
+        self,
+        key: str,
+        sizes: Ids,
+        corpora: Sequence[Corpus],
+        journal: ProfileJournal,
+        recall: dict[str, Any],
+        settings: dict[str, Any],
     ) -> Profile:
         domains, first = [], 0
         for one in corpora:
@@ -234,7 +293,14 @@ class _Run:
             input_moments=inputs,
             hidden_moments=hidden,
             recall=recall,
+            settings=settings,
         )
+
+
+def _named(kinds: Any) -> str:
+    """Options of running in words."""
+    named = zip(("--kv-type", "--activations"), kinds, strict=True)
+    return ", ".join(f"{name} {kind}" for name, kind in named if kind) or "defaults"
 
 
 def _flat(chunks: Sequence[Sequence[int]]) -> list[int]:

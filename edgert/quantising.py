@@ -27,7 +27,7 @@ from edgert.quant.formats import FORMATS, Format
 from edgert.quant.quantisers import quantise
 from edgert.requantised import Bytes, MadeMatrix, Place, Read
 from edgert.states import States, collect_states
-from edgert.tile_store import TileStore, write_aside
+from edgert.tile_store import TileStore
 from edgert.types import Floats, Ids
 from edgert.weights import Progress, Weights
 
@@ -47,6 +47,7 @@ SHORT_CANDIDATES = ("int5", "int6", "int8")  # besides, where rows are no multip
 _BASE = "int8"  # what the experts of other layers get in a trial
 _TAKEN = 0.05  # nats that the probe's format costs a model, where it cannot be measured
 _TRIAL_CHUNKS = 8
+METHOD = 1  # of finding errors and gains: to be raised with what changes their values
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,19 @@ class Bench:
         """What went wrong and is mended."""
         self.progress(text, 0.0)
 
+    def store(self, name: str, profile: Profile, *settings: str) -> TileStore:
+        """A store of what is found of a profile with these settings, by today's method; under others it is emptied."""
+        return TileStore(self.work / name, [METHOD, text_digest(profile), *self._kinds(), *settings])
+
+    def _kinds(self) -> list[str]:
+        """Options of running that decide what is found."""
+        return [str(self.options.get(name)) for name in ("activations", "kv_type")]
+
     def states(self, model: Model, profile: Profile) -> States:
-        """What the experts were given while the profile's text ran; kept in the folder."""
-        path, about = self.work / "states.f16", self.work / "states-of"
+        """What the experts were given while the profile's text ran; kept in the folder, and gone on with."""
         self.work.mkdir(parents=True, exist_ok=True)
-        if about.exists() and about.read_text() == text_digest(profile):
-            return States(profile, profile.layers, path)
-        states = collect_states(model, profile, None, path, self.progress)
-        write_aside(about, text_digest(profile).encode())
-        return states
+        about = "-".join([text_digest(profile), *self._kinds()])
+        return collect_states(model, profile, None, self.work / "states.f16", self.progress, about)
 
 
 def text_digest(profile: Profile) -> str:
@@ -124,28 +129,28 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
 
     Takes the time of quantising all experts in all formats. Raises what loading the model raises.
     """
-    store = TileStore(bench.work / f"tiles-{quantiser}", [text_digest(profile), quantiser])
     with bench.model() as model:
         weights, layers = weights_of(model), profile.layers
         names = candidates(weights)
+        store = bench.store(f"sensitivity-{quantiser}", profile, quantiser, *names)
         states = bench.states(model, profile)
         rows = profile_counts(profile).astype(np.int32)
         errors = np.zeros((profile.n_layers, profile.n_expert, len(PROJECTIONS), len(names) + 1), np.float32)
         missing = []
         for layer in layers:
             for expert in range(profile.n_expert):
-                kept = store.folder / f"errors-{layer}-{expert}.npy"
-                if kept.exists():
-                    errors[layer, expert] = np.load(kept)
-                else:
+                kept = store.array(f"errors-{layer}-{expert}")
+                if kept is None:
                     missing.append((layer, expert, names))
+                else:
+                    errors[layer, expert] = kept
         jobs = jobs_of(weights, states, iter(missing), quantiser)
         meter = Meter(bench.progress, "trying formats", len(missing), speed=_experts_a_second)
         with closing(run_jobs(errors_of, jobs, dask=bench.dask, notice=bench.tell)) as results:
             for place, found in results:
                 layer, expert, _ = missing[place]
                 errors[layer, expert] = found
-                _save(store.folder / f"errors-{layer}-{expert}.npy", found)
+                store.put_array(f"errors-{layer}-{expert}", found)
                 meter.add(1, f"layer {layer}")
         errors, probe = errors[..., :-1], errors[..., -1]
         total = (rows[..., None] / profile.n_tokens * probe).sum(axis=(1, 2))
@@ -153,19 +158,11 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
             bench.progress("not all experts are in RAM: every layer is taken to be as sensitive as the others", 0.0)
             gains = np.divide(_TAKEN / len(layers), total, out=np.zeros(len(total)), where=total > 0).astype(np.float32)
         else:
-            gains = _gains(bench, model, profile, total)
+            gains = _gains(bench, model, profile, store, total)
     return Sensitivity(quantiser, names, errors, rows, gains, profile.n_tokens)
 
 
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_aside(path, buffer.getvalue())
-
-
-def _gains(bench: Bench, model: Model, profile: Profile, errors: npt.NDArray[np.float64]) -> Floats:
+def _gains(bench: Bench, model: Model, profile: Profile, store: TileStore, errors: npt.NDArray[np.float64]) -> Floats:
     """Divergence for a unit of error in each layer: that of the layer's experts in the probe's format, measured.
 
     errors: (n_layers,) of the probe. It rounds to the nearest, as what is fitted to calibration text errs less there.
@@ -173,20 +170,26 @@ def _gains(bench: Bench, model: Model, profile: Profile, errors: npt.NDArray[np.
     """
     from edgert.trial import Trial
 
-    chunks, weights, gains = trial_chunks(profile, _TRIAL_CHUNKS), weights_of(model), np.zeros(profile.n_layers)
+    chunks, weights = trial_chunks(profile, _TRIAL_CHUNKS), weights_of(model)
     base, probe = (
         Bits.uniform(FORMATS[name], profile.n_layers, profile.n_expert, quantiser="rtn") for name in (_BASE, PROBE)
     )
-    with Trial(model) as trial:
-        for layer in profile.layers:
-            put_layer(trial, weights, base, rounded(weights, base), layer)
-        floor = trial.measure(chunks).kl
-        for done, layer in enumerate(profile.layers):
-            bench.progress("measuring what each layer's errors cost", done / len(profile.layers))
-            put_layer(trial, weights, probe, rounded(weights, probe), layer)
-            risen = trial.measure(chunks).kl - floor
-            gains[layer] = max(risen, 0.0) / max(errors[layer], 1e-30)
-            put_layer(trial, weights, base, rounded(weights, base), layer)
+    kept = {layer: store.array(f"risen-{layer}") for layer in profile.layers}
+    risen = {layer: float(found) for layer, found in kept.items() if found is not None}
+    if len(risen) < len(kept):
+        with Trial(model) as trial:
+            for layer in profile.layers:
+                put_layer(trial, weights, base, rounded(weights, base), layer)
+            floor = trial.measure(chunks).kl
+            for layer in [layer for layer in profile.layers if layer not in risen]:
+                bench.progress("measuring what each layer's errors cost", len(risen) / len(kept))
+                put_layer(trial, weights, probe, rounded(weights, probe), layer)
+                risen[layer] = trial.measure(chunks).kl - floor
+                store.put_array(f"risen-{layer}", np.array(risen[layer]))
+                put_layer(trial, weights, base, rounded(weights, base), layer)
+    gains = np.zeros(profile.n_layers)
+    for layer, rise in risen.items():
+        gains[layer] = max(rise, 0.0) / max(errors[layer], 1e-30)
     known = gains > 0
     if known.any():  # what drowned in rounding is taken for the least of the others
         gains[profile.layers] = np.maximum(gains[profile.layers], gains[known].min())

@@ -21,8 +21,9 @@ Progress = Callable[[str, float], None]
 Numbers = npt.NDArray[np.float64]
 
 RESIDENCIES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)  # shares of the experts' bytes in RAM that are replayed
-_LEAST_TOKENS, _MOST_TOKENS = 200, 2_000  # of a replay, within the time that one policy at one residency may take:
-_REPLAY_S, _STEP_S, _EXPERT_S = 0.36, 10e-6, 20e-9  # in all, of each layer of a token, and for each expert there is
+_LEAST_TOKENS, _MOST_TOKENS = 200, 4_000  # of a replay, within the time that all policies at all residencies may take:
+_REPLAY_S, _STEP_S, _EXPERT_S = 45.0, 10e-6, 20e-9  # in all, of each layer of a token, and for each expert there is
+_WARM = 3  # the part of a replay that fills the buffer, and is not counted: one in so many
 
 
 def concentration(frequency: Floats) -> Numbers:
@@ -67,19 +68,37 @@ def replayed(profile: Profile, record_bytes: Ids, progress: Progress) -> Report:
     """All policies, and Belady, over a sample of the profile's routes at shares of the experts' bytes in RAM.
 
     As a bundle's runtime does, policies begin with what the profile says; here with what the first half of each kind of
-    text says, while the sample is of the second halves. Half of it fills the buffer, the rest is counted.
+    text says, while the sample is of the second halves. The first third of it fills the buffer, the rest is counted.
     """
     progress("fitting what the policies begin with", 0.0)
-    halves = replace(profile, domains=tuple(_part(one, slice(0, len(one.tokens) // 2)) for one in profile.domains))
-    shares, trace = halves.frequency(), sampled(profile, record_bytes)
-    topics = fit_all([domain.ids for domain in halves.domains], shares)
+    first, _ = halves(profile)
+    shares, trace = first.frequency(), sampled(profile, record_bytes)
+    topics = fit_all([domain.ids for domain in first.domains], shares)
     makers: dict[str, Callable[[], Policy | Belady]] = {Belady.name: lambda: Belady(trace)}
     makers |= {name: partial(make_policy, name, record_bytes, shares, topics) for name in POLICIES}
     found, levels, total = dict[str, list[Hits]](), residencies(trace), int(record_bytes.sum())
     for step, (name, make) in enumerate(makers.items()):
         progress(f"replaying {name}", step / len(makers))
-        found[name] = [replay_policy(trace, make(), int(level * total)) for level in levels]
+        found[name] = [replay_policy(trace, make(), int(level * total), warm_tokens(trace)) for level in levels]
     return Report(trace, levels, found, {})
+
+
+def warm_tokens(trace: Trace) -> int:
+    """Tokens that fill the buffer."""
+    return trace.n_tokens // _WARM
+
+
+def halves(profile: Profile) -> tuple[Profile, Profile]:
+    """The profile of the first halves of all texts, and that of the second; of one token, both are of that."""
+    found = []
+    for second in (False, True):
+        parts = (
+            slice(len(one.tokens) // 2, None) if second else slice(0, max(1, len(one.tokens) // 2))
+            for one in profile.domains
+        )
+        domains = tuple(_part(domain, part) for domain, part in zip(profile.domains, parts, strict=True))
+        found.append(replace(profile, domains=domains))
+    return found[0], found[1]
 
 
 def _part(domain: Domain, part: slice) -> Domain:
@@ -89,10 +108,11 @@ def _part(domain: Domain, part: slice) -> Domain:
 
 def sampled(profile: Profile, record_bytes: Ids) -> Trace:
     """Stretches of the second halves of all domains in turn, with the records that will be read."""
-    rest = [_part(one, slice(len(one.tokens) // 2, None)) for one in profile.domains]
+    rest = halves(profile)[1].domains
     token_s = len(profile.layers) * (_STEP_S + _EXPERT_S * record_bytes.size)
     there = sum(len(domain.tokens) for domain in rest)
-    most = min(max(_LEAST_TOKENS, int(_REPLAY_S / token_s)), _MOST_TOKENS, there)
+    replay_s = _REPLAY_S / ((len(POLICIES) + 1) * len(RESIDENCIES))
+    most = min(max(_LEAST_TOKENS, int(replay_s / token_s)), _MOST_TOKENS, there)
     stretch = max(1, min(profile.chunk, most // (4 * len(rest))))  # two of each in both halves of the sample
     parts, taken = list[Domain](), 0
     for start in range(0, profile.n_tokens, stretch):

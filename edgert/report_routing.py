@@ -9,7 +9,7 @@ import numpy as np
 from edgert.experts.profile import Profile, normalised
 from edgert.experts.profile_statistics import previous_token_reuse, reuse
 from edgert.experts.profile_statistics import skew as skew_by_layer
-from edgert.report_numbers import Numbers, concentration, hot_count, hot_share, served, together
+from edgert.report_numbers import Numbers, concentration, halves, hot_count, hot_share, served, together
 from edgert.report_page import Section, Table
 from edgert.report_svg import (
     INK,
@@ -115,15 +115,18 @@ def skew(profile: Profile) -> Section:
     shares = by_domain(profile)
     n = shares[_ALL].size
     tenth, quarter = hot_share(shares[_ALL], 0.1), hot_share(shares[_ALL], _QUARTER)
+    learnt, new = (one.frequency()[profile.layers] for one in halves(profile))
+    kept = served(learnt, new, _QUARTER)
     says = (
         f"The hottest tenth of the experts ({hot_count(n, 0.1)} of {n:,}) does {per_cent(tenth)} of the work, the "
-        f"hottest quarter {per_cent(quarter)}. "
+        f"hottest quarter {per_cent(quarter)}; learnt on the first halves of the texts, {per_cent(kept)} in the "
+        "second. "
     )
     says += (
         "That is close to even: a fixed set of experts in RAM serves little more than its size, and what is kept has "
         "to follow the text."
-        if quarter < _EVEN
-        else f"A fixed set of a quarter of the experts in RAM serves {times(quarter / _QUARTER)} what it would if "
+        if kept < _EVEN
+        else f"A fixed set of a quarter of the experts in RAM serves {times(kept / _QUARTER)} what it would if "
         "routing were even."
     )
     rows = [
@@ -135,7 +138,8 @@ def skew(profile: Profile) -> Section:
         for name, one in _texts(profile).items()
     ]
     header = ["text", *(f"hottest {100 * part:.0f} %" for part in _HOT_PARTS), "effective experts a layer"]
-    table = Table("hottest", "part of all uses that falls on the hottest experts", header, rows)
+    caption = "part of all uses that falls on the experts that are hottest in this very text; of new text it is less"
+    table = Table("hottest", caption, header, rows)
     return Section("skew", "How uneven the use is", says, _draw_skew(shares), tables=[table])
 
 
@@ -156,12 +160,15 @@ def _draw_skew(shares: Mapping[str, Floats]) -> str:
 
 # ---- other texts' hot sets -------------------------------------------------------------------------------------------
 def transfer(profile: Profile) -> Section | None:
-    """What the experts that are hot in one kind of text serve of another; None for a single kind."""
-    shares = by_domain(profile)
-    every, names = shares.pop(_ALL), list(shares)
+    """What the experts that are hot in one kind of text serve of another; None for a single kind.
+
+    Learnt on the first halves of the texts and judged on the second: a set is no better than it would be on new text.
+    """
+    learnt, shares = (by_domain(one) for one in halves(profile))
+    every, names = learnt.pop(_ALL), list(learnt)
     if len(names) < 2:
         return None
-    grid = np.array([[served(shares[hot], shares[used], _QUARTER) for used in names] for hot in names])
+    grid = np.array([[served(learnt[hot], shares[used], _QUARTER) for used in names] for hot in names])
     merged = np.array([served(every, shares[used], _QUARTER) for used in names])
     lost = grid.diagonal()[None, :] - grid
     hot, used = (int(place) for place in np.unravel_index(lost.argmax(), lost.shape))
@@ -178,7 +185,10 @@ def transfer(profile: Profile) -> Section | None:
     rows = [[f"hot in {name}", *map(per_cent, grid[row].tolist())] for row, name in enumerate(names)]
     rows.append(["hot in all of them", *map(per_cent, merged.tolist())])
     size = hot_count(every.size, _QUARTER)
-    caption = f"uses in one text (column) that the hottest quarter of another (row), {size} experts, serves"
+    caption = (
+        f"uses in the second half of one text (column) that the hottest quarter in the first half of another (row), "
+        f"{size} experts, serves"
+    )
     table = Table("served", caption, ["", *names], rows)
     return Section("transfer", "Would the hot experts of one text serve another?", says, tables=[table])
 
@@ -266,9 +276,10 @@ def pairs(profile: Profile) -> Section | None:
     strong = sum(lift > _STRONG for *_, lift in found.values())
     says += (
         f"{count(strong, 'layer')} of {len(found)} {'has' if strong == 1 else 'have'} a pair beyond {times(_STRONG)}: "
-        "when one of it is asked for, the other is worth reading with it."
+        "a buffer that keeps the one does well to keep the other. No guess is better for it: a layer's router names "
+        "all that a token uses there at once."
         if strong
-        else "Experts are chosen nearly independently of each other: nothing is gained by treating pairs as one."
+        else "Experts are chosen nearly independently of each other: nothing is gained by keeping pairs as one."
     )
     rows = [[str(n), f"{a} and {b}", per_cent(part), f"{ratio:.1f}"] for n, (a, b, part, ratio) in found.items()]
     caption = "the strongest pair of each layer; pairs that half of chance or fewer tokens use are left out"

@@ -9,6 +9,7 @@ import numpy as np
 from edgert.experts.choice import DEFAULT_POLICY
 from edgert.experts.predictors import DEFAULT
 from edgert.experts.replay import Belady, Report
+from edgert.report_numbers import warm_tokens
 from edgert.report_page import Fact, Section, Table
 from edgert.report_speed import ARITHMETIC_SHARE, FLASH, READ_S, WORTH, Machine, Row, enough, what_if
 from edgert.report_subject import Subject
@@ -35,11 +36,13 @@ def policies(found: Report) -> Section:
     )
     order = sorted(found.policies, key=lambda name: (name != Belady.name, -rates[name]))
     rows = [[name, *(per_cent(hits.rate) for hits in found.policies[name])] for name in order]
+    warm = warm_tokens(found.trace)
     caption = "share of the experts asked for that are in RAM, by the share of the experts' bytes that RAM holds"
     note = (
         f"Replayed token by token over {found.trace.n_tokens:,} tokens, stretches of the second halves of all texts in "
-        "turn, of which the first half fills the buffer and the second is counted. The policies begin with what the "
-        "first halves of the texts say, as a bundle that is packed with the profile lets them."
+        f"turn, of which the first {warm:,} fill the buffer and {found.trace.n_tokens - warm:,} are counted. The "
+        "policies begin with what the first halves of the texts say, as a bundle that is packed with the profile lets "
+        "them."
     )
     table = Table("policies-rates", caption, ["policy", *map(per_cent, shares)], rows)
     title = "How large a buffer pays, and which policy"
@@ -178,8 +181,6 @@ def _assumptions(subject: Subject, machine: Machine) -> str:
     hot = "hot weights are not counted, for the profile does not say what they are"
     if subject.needs is not None:
         hot = f"hot weights are {size(subject.needs.hot)}"
-        if subject.bundle is None:
-            hot += ", estimated with as many bits each as the experts have, at most 8"
     context = (
         f" Memory in all, which is what `--memory` takes, is for a context of {subject.needs.context:,} tokens."
         if subject.needs is not None

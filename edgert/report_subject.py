@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,16 +15,14 @@ from edgert.experts.predictors import predictor_bytes
 from edgert.experts.profile import Profile
 from edgert.loading import context_of, name_of
 from edgert.memory import WORD_BYTES, Needs
+from edgert.model_sizes import config_from
 from edgert.needs import needs
 from edgert.quant.formats import FORMATS
 from edgert.storage.bundle import PROFILE, Bundle, is_bundle
 from edgert.streaming import model_key
-from edgert.types import Floats, Ids, ModelConfig, RopeConfig, RouterConfig
+from edgert.types import Floats, Ids, ModelConfig
 from edgert.weights import Weights
 
-_CONFIGS: dict[str, Any] = {kind.__name__: kind for kind in (ModelConfig, RopeConfig, RouterConfig)}
-_LONGEST_KEY = 10_000
-_HOT_BITS = 8.5  # at most, scales counted: what packing gives hot weights
 _CHUNK, _KV_TYPE, _READERS_BYTES = 32, "f16", 4 << 20
 
 
@@ -36,7 +32,7 @@ class Subject:
 
     record_bytes: (n_layers, n_expert) of the bundle, or those that the profile was made with. formats: of gate, up and
     down of each expert, names (n_layers, n_expert, 3), or None without a bundle. needs: memory of the process, None if
-    the model's configuration is not known; estimated from it where there is no bundle.
+    that is not known.
     """
 
     path: Path
@@ -87,7 +83,7 @@ def open_subject(path: Path) -> Subject:
     profile = _load(path)
     config = config_of(profile)
     name = profile.model.rpartition(" ModelConfig(")[0] or profile.model or path.name
-    needed = None if config is None else _estimated_needs(profile, config)
+    needed = None if config is None else _needs_of(profile, config)
     return Subject(path, name, profile, config, profile.record_bytes, needed)
 
 
@@ -122,58 +118,31 @@ def _of_bundle(path: Path) -> Subject:
 
 # ---- without a bundle ------------------------------------------------------------------------------------------------
 def config_of(profile: Profile) -> ModelConfig | None:
-    """The configuration that a profile's model key spells out; None where it is none, or not of these experts."""
-    _, kind, text = profile.model.rpartition("ModelConfig(")
-    if not kind or len(text) > _LONGEST_KEY:
+    """The configuration of a profile's model; None where it does not say one, or not one of these experts."""
+    sizes = profile.settings.get("model")
+    config = config_from(sizes) if isinstance(sizes, dict) else None
+    if config is None or config.router is None:
         return None
-    try:
-        config = _value(ast.parse(kind + text, mode="eval").body)
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
-    return config if isinstance(config, ModelConfig) and _is_sound(config, profile) else None
+    found = config.n_layers, config.router.n_expert, config.router.top_k, config.d_model, config.d_expert
+    widths = profile.input_moments.shape[2], profile.hidden_moments.shape[2]
+    return config if found == (profile.n_layers, profile.n_expert, profile.top_k, *widths) else None
 
 
-def _value(node: ast.expr) -> Any:
-    """The dataclass or literal that a repr spells; nothing but a configuration's dataclasses is called."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        return _CONFIGS[node.func.id](**{str(word.arg): _value(word.value) for word in node.keywords})
-    return ast.literal_eval(node)
-
-
-def _is_sound(config: ModelConfig, profile: Profile) -> bool:
-    """Whether it is of the profile's experts, and the numbers that sizes are counted with are such."""
-    router, names = (
-        config.router,
-        ("d_model", "n_heads", "n_kv_heads", "d_head", "d_value", "n_vocab", "n_context", "d_expert"),
-    )
-    if not isinstance(router, RouterConfig) or not isinstance(config.rope, RopeConfig):
-        return False
-    numbers = [getattr(config, name) for name in names] + [config.d_shared + 1, config.rope.n_rotated + 1]
-    return (config.n_layers, router.n_expert, router.top_k) == (profile.n_layers, profile.n_expert, profile.top_k) and (
-        all(type(number) is int and 0 < number < 1 << 31 for number in numbers)
-    )
-
-
-def _estimated_needs(profile: Profile, config: ModelConfig) -> Needs:
-    """What the model takes, its hot weights with as many bits as its experts have, at most 8, and the head with 8.
-
-    Its vocabulary is taken to have as many merges as tokens.
-    """
+def _needs_of(profile: Profile, config: ModelConfig) -> Needs | None:
+    """What the model takes on this machine; None where its sizes are not known."""
     from edgert.devices.cores import choose_threads
     from edgert.devices.work_space import work_bytes
 
     sizes, context = profile.record_bytes, context_of(None, config)
-    heads, kv_heads = config.n_heads * config.d_head, config.n_kv_heads * (config.d_head + config.d_value)
-    attention = config.d_model * (heads + kv_heads + config.n_heads * config.d_value)
-    layers = config.n_layers * (attention + config.d_model * (profile.n_expert + 3 * config.d_shared))
-    expert_bits = 8 * float(sizes[sizes > 0].mean()) / (3 * config.d_model * max(config.d_expert, 1))
-    hot_bits = layers * min(expert_bits, _HOT_BITS) + config.n_vocab * config.d_model * _HOT_BITS
+    hot, words = (profile.settings["model"].get(name) for name in ("hot", "words"))
+    if not all(type(count) is int and 0 < count < 1 << 50 for count in (hot, words)):
+        return None
     work = work_bytes(config, context, choose_threads().n_threads, float_hidden=False, chunk=_CHUNK)
     return Needs(
-        hot=int(hot_bits / 8),
+        hot=hot,
         kv=cache_bytes(config, context, _KV_TYPE),
         work={_CHUNK: work},
-        tokenizer=2 * WORD_BYTES * config.n_vocab,
+        tokenizer=WORD_BYTES * words,
         context=context,
         kv_type=_KV_TYPE,
         cold=int(sizes.sum()),

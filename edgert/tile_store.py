@@ -1,11 +1,13 @@
 """Tiles of experts that were quantised before, kept until they are packed: a file for each matrix and format.
 
-A second attempt at an allocation, or a pack that goes on after a kill, makes only what is missing. A matrix that
-depends on what others got is kept under a name that says so. A folder made under another `header` is emptied.
+A second attempt at an allocation, or a pack that goes on after a kill, makes only what is missing; small arrays that
+took long to measure are kept likewise. A matrix that depends on what others got is kept under a name that says so. A
+folder made under another `header` is emptied.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -47,6 +49,20 @@ class TileStore:
         if len(found) != n_bytes:
             raise StorageError(f"{path}: {first + n_bytes:,} bytes were kept and are gone; remove it and pack again")
         return found
+
+    def array(self, name: str) -> npt.NDArray[Any] | None:
+        """An array that was kept under a name; None where there is none, or a damaged one."""
+        try:
+            found: npt.NDArray[Any] = np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return found
+
+    def put_array(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Keep an array."""
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        write_aside(self.folder / f"{name}.npy", buffer.getvalue())
 
     def remove(self) -> None:
         """Remove the folder, as far as that is possible."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +36,9 @@ def read_arrays(
     what: str,
     remedy: str,
     most_bytes: int,
-    optional: frozenset[str] = frozenset(),
+    optional: Sequence[frozenset[str]] = (),
 ) -> dict[str, Any]:
-    """The arrays of a file, all of `table`, those of `optional` together or not at all.
+    """The arrays of a file, all of `table`, those of each set in `optional` together or not at all.
 
     ModelFileError, which says that it is not `what` and gives the remedy, for a file that is none or lies about itself.
     """
@@ -53,12 +53,16 @@ def read_arrays(
     return arrays
 
 
-def _read(path: Path, table: Mapping[str, Layout], optional: frozenset[str], most_bytes: int) -> dict[str, Any]:
+def _read(
+    path: Path, table: Mapping[str, Layout], optional: Sequence[frozenset[str]], most_bytes: int
+) -> dict[str, Any]:
     """The arrays, if they are those of the table and no larger than they may be."""
     with zipfile.ZipFile(path) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     names = [name for name in table if f"{name}.npy" in sizes]
-    if set(sizes) != {f"{name}.npy" for name in names} or set(table) - set(names) not in (set(), optional):
+    missing = set(table) - set(names)
+    missing -= {name for group in optional if group <= missing for name in group}
+    if missing or set(sizes) != {f"{name}.npy" for name in names}:
         raise ValueError(f"it holds {', '.join(sorted(sizes)[:10]) or 'nothing'}")
     if sum(sizes.values()) > most_bytes:
         raise ValueError(f"it is {sum(sizes.values()):,} bytes unpacked, at most {most_bytes:,} are read")

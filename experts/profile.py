@@ -6,8 +6,9 @@ another weight can be given to each; profiles of one model are merged the same w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from edgert.errors import OptionError
 from edgert.experts.array_file import write_arrays
-from edgert.experts.profile_file import read_profile
+from edgert.experts.profile_file import read_profile, read_settings
 from edgert.experts.trace import Trace
 from edgert.types import Floats, Ids
 
@@ -45,9 +46,9 @@ class Sensitivity:
 
     quantiser: a name of QUANTISERS. formats: names of FORMATS. errors: float32 (n_layers, n_expert, 3, n_formats), the
     mean over an expert's own rows of the squared error of its output, weighted by the router, with gate, up or down
-    alone quantised. rows: int32 (n_layers, n_expert), calibration tokens of each expert, of n_tokens in all. gains:
-    float32 (n_layers,), nats of KL divergence for a unit of error summed over the layer's experts, each times its
-    share of the tokens.
+    alone quantised; infinite where a format does not fit. rows: int32 (n_layers, n_expert), calibration tokens of each
+    expert, of n_tokens in all. gains: float32 (n_layers,), nats of KL divergence for a unit of error summed over the
+    layer's experts, each times its share of the tokens.
     """
 
     quantiser: str
@@ -60,8 +61,10 @@ class Sensitivity:
     def loss(self) -> Floats:
         """Expected KL divergence in nats a token, (n_layers, n_expert, 3, n_formats): terms of a sum."""
         share = self.rows.astype(np.float64) / max(self.n_tokens, 1)
-        loss: Floats = (self.gains[:, None, None, None] * share[..., None, None] * self.errors).astype(np.float32)
-        return loss
+        fits = np.isfinite(self.errors)
+        loss = self.gains[:, None, None, None] * share[..., None, None] * np.where(fits, self.errors, 0.0)
+        found: Floats = np.where(fits, loss, np.inf).astype(np.float32)
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,10 @@ class Profile:
     name; they sum to 1. own_text: whether the model wrote text itself because none was given. input_moments,
     hidden_moments: mean squares of what gate and up, and of what down is multiplied with, over the tokens routed to an
     expert, (n_layers, n_expert, d_model) and (n_layers, n_expert, d_expert); 0 where never routed. recall: of each
-    predictor and of combinations, one and two layers ahead, (2, n_layers), NaN where it has no guess.
+    predictor and of combinations, one and two layers ahead, (2, n_layers), NaN where it has no guess. settings: what
+    else a run knew, as JSON has it: "template", runs of token ids that a chat template writes; "kinds", options of
+    running that decide the bits; "own", chunks that the model was to write and to keep back; "model", its configuration
+    and sizes. Older profiles have none.
     """
 
     model: str
@@ -87,6 +93,7 @@ class Profile:
     hidden_moments: Floats
     recall: Mapping[str, Floats]
     sensitivity: Sensitivity | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -204,6 +211,8 @@ def _as_arrays(profile: Profile) -> dict[str, Any]:
         "predictors": np.array(names, np.str_),
         "recall": np.array([profile.recall[name] for name in names], np.float32).reshape(-1, 2, profile.n_layers),
     }
+    if profile.settings:
+        arrays["settings"] = np.array(json.dumps(profile.settings))
     if (found := profile.sensitivity) is not None:
         arrays |= {
             "quantiser": np.array(found.quantiser),
@@ -242,6 +251,7 @@ def _from_arrays(arrays: dict[str, Any]) -> Profile:
         hidden_moments=arrays["hidden_moments"],
         recall=dict(zip(arrays["predictors"].tolist(), arrays["recall"], strict=True)),
         sensitivity=sensitivity,
+        settings=read_settings(str(arrays.get("settings", "{}"))),
     )
 
 

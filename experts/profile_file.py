@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edgert.experts.array_file import Layout, check_ids, check_record_bytes, rea
 _MOST_BYTES = 4 << 30
 _MOST_TOKENS = 1 << 30
 _MOST_DOMAINS = 1000
+_MOST_SETTINGS = 1 << 20
 _EXPERTS = ("n_layers", "n_expert")
 _TABLE = {
     "version": Layout("iu"),
@@ -38,6 +40,7 @@ _TABLE = {
     "rows": Layout("i", _EXPERTS),
     "gains": Layout("f", ("n_layers",)),
     "n_sensitivity": Layout("iu"),
+    "settings": Layout("U"),
 }
 _SENSITIVITY = frozenset({"quantiser", "formats", "errors", "rows", "gains", "n_sensitivity"})
 _TYPES = {
@@ -63,7 +66,7 @@ def read_profile(path: Path) -> dict[str, Any]:
         what="a profile",
         remedy="give a file made with `edgert profile`",
         most_bytes=_MOST_BYTES,
-        optional=_SENSITIVITY,
+        optional=(_SENSITIVITY, frozenset({"settings"})),
     )
 
 
@@ -80,8 +83,8 @@ def _check(arrays: dict[str, Any], extents: dict[str, int]) -> None:
     check_record_bytes(sizes)
     check_ids(arrays["ids"][sizes.any(axis=1)], extents["n_expert"])
     _check_domains(arrays, extents)
-    for name in ("weights", "input_moments", "hidden_moments", "errors"):
-        if name in arrays and not (np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all()):
+    for name in ("weights", "input_moments", "hidden_moments"):
+        if not (np.isfinite(arrays[name]).all() and (arrays[name] >= 0).all()):
             raise ValueError(f"{name} has values that are negative or no numbers")
     recall = arrays["recall"]
     if not ((recall >= 0) & (recall <= 1) | np.isnan(recall)).all():
@@ -89,6 +92,25 @@ def _check(arrays: dict[str, Any], extents: dict[str, int]) -> None:
     _check_different(arrays["predictors"])
     if "errors" in arrays:
         _check_sensitivity(arrays)
+    if "settings" in arrays:
+        read_settings(str(arrays["settings"]))
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """Settings from their JSON; ValueError unless they are an object, with runs of token ids as its template."""
+    if len(text) > _MOST_SETTINGS:
+        raise ValueError(f"settings of {len(text):,} characters, at most {_MOST_SETTINGS:,} are read")
+    found = json.loads(text)
+    words = found.get("template", []) if isinstance(found, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
+        raise ValueError("settings are not what settings are")
+    own, kinds = found.get("own"), found.get("kinds", [None, None])
+    counts = [*(token for word in words for token in word), *(own if isinstance(own, list) else [])]
+    if not all(type(count) is int and 0 <= count < 1 << 31 for count in counts):
+        raise ValueError("settings have numbers that no tokens have")
+    if (own is not None and len(own) != 2) or not isinstance(kinds, list) or len(kinds) != 2:
+        raise ValueError("settings are not what settings are")
+    return dict(found)
 
 
 def _check_domains(arrays: dict[str, Any], extents: dict[str, int]) -> None:
@@ -114,6 +136,10 @@ def _check_sensitivity(arrays: dict[str, Any]) -> None:
     rows, n_tokens = arrays["rows"], int(arrays["n_sensitivity"])
     if not 0 < n_tokens <= _MOST_TOKENS or rows.min() < 0 or rows.max() > n_tokens:
         raise ValueError(f"rows are not between 0 and {n_tokens}")
+    errors = arrays["errors"]
+    unfit = np.isinf(errors[rows > 0])  # formats that do not fit a projection, and so that of no expert
+    if not (errors >= 0).all() or (unfit.any(axis=0) != unfit.all(axis=0)).any() or (unfit.size and unfit.all()):
+        raise ValueError("errors has values that are negative or no numbers")
     if not np.isfinite(arrays["gains"]).all() or arrays["gains"].min() < 0:
         raise ValueError("gains has values that are negative or no numbers")
     _check_different(arrays["formats"])

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgert.errors import OptionError
 from edgert.experts.profile import Domain, Profile, Sensitivity, normalised
+from edgert.experts.text_overlap import Words, copies
 from edgert.types import Floats
 
 
@@ -26,7 +27,8 @@ def merge(parts: Sequence[Part]) -> Profile:
     """The profile of all text, the kinds of it weighted by their share in each profile times its weight.
 
     Moments and losses are those of the mixture; recall is the weighted mean. Sensitivity is merged where all have it by
-    the same quantiser for the same formats, else left out. OptionError for profiles that do not fit.
+    the same quantiser for the same formats, else left out. What one kept back and another calibrated on is dropped, see
+    text_overlap. OptionError for profiles that do not fit.
     """
     first = parts[0].profile
     for part in parts:
@@ -37,6 +39,7 @@ def merge(parts: Sequence[Part]) -> Profile:
     weights = normalised({part.name: part.weight for part in parts})
     frequencies = {part.name: part.profile.frequency().astype(np.float64) for part in parts}
     domains, shares = _domains(parts, weights)
+    words = [word for part in parts for word in part.profile.settings.get("template", [])]
 
     def moments(which: str) -> Floats:
         total = sum(
@@ -49,7 +52,7 @@ def merge(parts: Sequence[Part]) -> Profile:
     common = [name for name in first.recall if all(name in part.profile.recall for part in parts)]
     return replace(
         first,
-        domains=domains,
+        domains=_without_copies(domains, first.chunk, words),
         shares=shares,
         own_text=all(part.profile.own_text for part in parts),
         input_moments=moments("input_moments"),
@@ -59,7 +62,19 @@ def merge(parts: Sequence[Part]) -> Profile:
             for name in common
         },
         sensitivity=_sensitivity(parts, weights),
+        settings={**first.settings, "own": None, "template": words},
     )
+
+
+def _without_copies(domains: Sequence[Domain], chunk: int, words: Words) -> tuple[Domain, ...]:
+    """The same without chunks kept back that repeat text of any that was calibrated on."""
+    calibrated = [tokens for domain in domains for tokens in domain.tokens.reshape(-1, chunk).tolist()]
+    found = []
+    for domain in domains:
+        held_out = domain.held_out.reshape(-1, chunk)
+        kept = held_out[~copies(held_out.tolist(), calibrated, words)]
+        found.append(replace(domain, held_out=kept.reshape(-1)))
+    return tuple(found)
 
 
 def _check(first: Part, other: Part) -> None:

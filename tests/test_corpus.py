@@ -61,8 +61,8 @@ def test_a_small_file_is_cut_into_chunks_of_which_some_are_kept_back(tmp_path: P
     numbers = sorted(int(text[:7]) for text in found[:4])
     assert numbers[0] < 10 and numbers[-1] >= 28, "from all over the file"
     (everything,) = read(path, n_tokens=10_000)
-    assert [len(everything.tokens), len(everything.held_out)] == [18, 2]
-    assert everything.notes == ("t.txt: only 288 tokens to calibrate on, 10,000 were asked for",)
+    assert [len(everything.tokens), len(everything.held_out)] == [16, 2], "a chunk before and after is of neither"
+    assert everything.notes == ("t.txt: only 256 tokens to calibrate on, 10,000 were asked for",)
     (nothing_back,) = read(path, n_tokens=10_000, held_out=0)
     assert len(nothing_back.tokens) == 20 and not nothing_back.held_out
     (much_back,) = read(path, held_out=0.9)
@@ -112,6 +112,52 @@ def test_parts_too_short_for_a_chunk_are_put_together(tmp_path: Path, monkeypatc
     path.write_text(line * 2000)
     (one,) = read(path)
     assert one.tokens and all(text.replace("ab\n\n", "").strip("ab\n") == "" for text in decoded(one))
+
+
+def test_whole_documents_are_kept_back(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n:03d} " * (5 + n % 20)}) + "\n" for n in range(100)))
+    (one,) = read(path, n_tokens=1600)
+    kept, used = (
+        {int(n) for text in map(TOKENIZER.decode, chunks) for n in text.split() if len(n) == 3}
+        for chunks in (one.held_out, one.tokens)
+    )
+    assert len(one.held_out) >= 16 and not kept & used and min(kept) < 20 < 80 < max(kept)
+    (few,) = read(path, n_tokens=320)
+    assert len(few.held_out) == 20, "the share of the file, and at most what is calibrated on"
+
+
+def test_no_fewer_chunks_than_say_something_are_kept_back_where_there_is_text(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for place, path in enumerate(paths):
+        path.write_text("".join(f"{n:07d}\n" for n in range(place * 10_000, place * 10_000 + 1000)))
+    found = read(*paths, n_tokens=40 * 16, held_out=0.001)
+    assert [(len(one.tokens), len(one.held_out)) for one in found] == [(20, 8), (20, 8)]
+    assert [len(one.held_out) for one in read(*paths, n_tokens=1000 * 16, held_out=0.001)] == [1, 1], "there is none"
+    assert not any(one.held_out for one in read(*paths, held_out=0))
+
+
+def test_what_is_kept_back_is_no_copy_of_calibration_text(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    lines = [f"{n:07d}\n" for n in range(40)]
+    for path, part in zip(paths, (lines, lines[10:]), strict=True):
+        path.write_text("".join(part))
+    one, two = read(*paths, n_tokens=20 * 16)
+    used = {text for found in (one, two) for text in decoded(found._replace(held_out=[]))}
+    kept = [text for found in (one, two) for text in decoded(found._replace(tokens=[]))]
+    assert 0 < len(kept) < 9 and not used & set(kept)
+    assert one.notes == (
+        f"one.txt: {5 - len(one.held_out)} of 5 chunks kept back were dropped, copies of calibration text",
+    )
+
+
+def test_what_a_template_writes_around_messages_makes_no_copies(tmp_path: Path) -> None:
+    source = TEMPLATE.source.replace("{{ m.content }}", "You are a kind and helpful assistant. {{ m.content }}")
+    template = ChatTemplate.from_metadata({"tokenizer.chat_template": source}, TOKENIZER)
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n:07d}", "answer": f"{n + 5000}"}) + "\n" for n in range(400)))
+    (one,) = read(path, template=template, chunk=64, n_tokens=1280)
+    assert len(one.held_out) == 20 and "copies" not in "".join(one.notes)
 
 
 def test_a_chunk_begins_with_the_start_token_where_the_model_wants_one(tmp_path: Path) -> None:
@@ -201,7 +247,7 @@ def test_conversations_go_through_the_template_and_never_become_control_tokens(t
     text = TOKENIZER.decode(TEMPLATE.encode([{"role": "user", "content": "<u>Hi"}]), special=True)
     assert text == "<u><u>Hi" and abs(ids.count(257) - ids.count(258)) <= 6
     (plain,) = read(path, template=NO_TEMPLATE)
-    assert all(token < 256 for chunk in plain.tokens for token in chunk) and plain.notes == ()
+    assert all(token < 256 for chunk in plain.tokens for token in chunk)
 
 
 def test_conversations_that_the_template_refuses_are_taken_as_text_and_that_is_said(tmp_path: Path) -> None:
@@ -210,7 +256,7 @@ def test_conversations_that_the_template_refuses_are_taken_as_text_and_that_is_s
     path.write_text((json.dumps({"messages": messages}) + "\n") * 40)
     (one,) = read(path)
     assert "Be kind.\nHi\n\n" in "".join(decoded(one))
-    assert len(one.notes) == 1 and one.notes[0].startswith("t.jsonl: 40 conversations are taken as plain text: ")
+    assert one.notes[0].startswith("t.jsonl: 40 conversations are taken as plain text: ")
     assert "no system" in one.notes[0]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from jobs_to_run import (
     PATIENCE_S,
@@ -187,6 +188,16 @@ def test_a_cluster_gives_the_same_results(cluster: str) -> None:
     assert dict(run_jobs(square, range(30), dask=cluster)) == expected
     jobs = [bytes([number]) * 12_000_000 for number in range(3)]
     assert dict(run_jobs(length, jobs, dask=cluster)) == {index: job + b"!" for index, job in enumerate(jobs)}
+
+
+def test_a_cluster_that_may_round_otherwise_is_told_of(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[str]()
+    assert dict(run_jobs(square, [3], dask=cluster, notice=told.append)) == {0: 9} and not told
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "__version__", "0.1")  # here alone
+        assert dict(run_jobs(square, [3], dask=cluster, notice=told.append)) == {0: 9}
+    (line,) = told
+    assert line.startswith("2 workers, tcp://") and f"(NumPy {np.__version__}, here 0.1): a few values may be" in line
 
 
 def test_a_killed_worker_of_a_cluster_costs_time_alone(cluster: str, tmp_path: Path) -> None:

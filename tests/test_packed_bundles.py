@@ -17,11 +17,12 @@ from edgert.errors import OptionError
 from edgert.experts.profile import Profile
 from edgert.goal import Goal
 from edgert.pack import pack_model
-from edgert.pack_bits import PackedBits, Request, pack_bits, work_of
+from edgert.pack_bits import PackedBits, Request, pack_bits
 from edgert.profiling import profile_model
 from edgert.storage.bundle import CHOICE, PROFILE, read_manifest
 from edgert.tier import flash_rate
 from edgert.weights import silent
+from edgert.work_folder import work_of
 from tests import tiny_moe
 
 RUN = CliRunner()

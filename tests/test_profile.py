@@ -79,6 +79,8 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("with_sensitivity", [True, False])
 def test_what_is_saved_comes_back(with_sensitivity: bool, tmp_path: Path) -> None:
     profile = make_profile(sensitivity=make_sensitivity(20) if with_sensitivity else None)
+    if with_sensitivity:
+        profile = replace(profile, settings={"own": [4, 2], "kinds": [None, "f32"], "template": [[1, 2], [3]]})
     profile.save(tmp_path / "p.npz")
     assert_same(Profile.load(tmp_path / "p.npz"), profile)
     assert [path.name for path in tmp_path.iterdir()] == ["p.npz"]
@@ -113,6 +115,15 @@ def test_a_loss_is_gain_times_share_of_the_tokens_times_error() -> None:
     assert loss[2, 5, 1, 0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_format_that_does_not_fit_costs_without_end_and_comes_back(tmp_path: Path) -> None:
+    sensitivity = make_sensitivity(20)
+    sensitivity.errors[:, :, 2, 1] = np.inf
+    sensitivity.rows[2, 3] = 0
+    make_profile(sensitivity=sensitivity).save(tmp_path / "p.npz")
+    found = Profile.load(tmp_path / "p.npz").sensitivity
+    assert found is not None and np.isinf(found.loss()[:, :, 2, 1]).all() and np.isfinite(found.loss()[..., 0]).all()
+
+
 def test_routes_can_be_replayed() -> None:
     from edgert.experts import replay
 
@@ -121,6 +132,26 @@ def test_routes_can_be_replayed() -> None:
     assert trace.n_tokens == profile.n_tokens == 20 and trace.layers == profile.layers == [1, 2]
     assert profile.trace("code").n_tokens == 8 and trace.lookahead(1, 3) == []
     assert replay.compare_policies(trace, [0.5])["belady"][0].n_asked == 10 * 2 * TOP_K
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"template": [[]]},
+        {"template": [[-1]]},
+        {"template": [["a"]]},
+        {"template": 3},
+        {"own": 1},
+        {"own": [1, 2, 3]},
+        {"own": [1, "2"]},
+        {"kinds": {}},
+        {"model": "x" * (1 << 20)},
+    ],
+)
+def test_settings_that_lie_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    replace(make_profile(), settings=settings).save(tmp_path / "p.npz")
+    with pytest.raises(ModelFileError, match=r"p\.npz is not a profile \("):
+        Profile.load(tmp_path / "p.npz")
 
 
 def lie(name: str, change: Any) -> Any:

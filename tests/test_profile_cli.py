@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from models import golden_path
 from test_profiling import write_text
 
 from edgert.cli import main
-from edgert.experts.profile import OWN_TEXT, Profile
+from edgert.experts.profile import OWN_TEXT, Profile, Sensitivity
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ("--no-sensitivity", "--context", "64", "--threads", "1")
@@ -54,8 +55,11 @@ def test_corpora_are_named_as_a_shell_gives_them(run: Run, tmp_path: Path) -> No
     assert document["experts"] == 6 and 0 < document["entropy"] <= 2.6 and document["sensitivity"] is None
     assert document["recall"]["router"] > 0.2 and "loading" not in out
     assert Profile.load(tmp_path / "m.profile.npz").n_tokens == 384
-    code, out, err = run("m.gguf", *QUICK, "--tokens", 384, "--corpus", "a.txt", "b.txt", "c.txt")
+    code, out, err = run("m.gguf", *QUICK, "--tokens", 384, "--corpus=a.txt", "b.txt", "c.txt")
     assert code == 0 and "m.profile.npz: profiled already on this text, 384 tokens\n" in out
+    code, out, err = run("m.gguf", *QUICK, "--tokens", 128, "--corpus", "a.txt")
+    assert code == 2 and "with other settings (of a.txt, b.txt, c.txt, not of a.txt): name another file" in err
+    assert Profile.load(tmp_path / "m.profile.npz").n_tokens == 384
 
 
 def test_without_a_corpus_the_model_writes_and_that_is_said(run: Run, tmp_path: Path) -> None:
@@ -72,6 +76,10 @@ def test_profiles_are_merged_with_weights(run: Run, tmp_path: Path) -> None:
     for name in "ab":
         write_text(tmp_path / f"{name}.txt", seed=ord(name))
         assert run("m.gguf", *QUICK, "--tokens", 128, "--out", f"{name}.npz", "--corpus", f"{name}.txt")[0] == 0
+    assert run("m.gguf", *QUICK, "--tokens", 20_000, "--out", "d.npz", "--corpus", "a.txt", "--held-out", "0")[0] == 0
+    code, out, err = run("--merge", "a.npz", "d.npz", "--out", "e.npz")
+    assert code == 0 and "chunks kept back were dropped, copies of text that another profile calibrated on\n" in err
+    assert sum(len(domain.held_out) for domain in Profile.load(tmp_path / "e.npz").domains) == 0
     code, out, err = run("--merge", "a.npz=0.7", "b.npz=0.3", "--out", "c.npz")
     assert code == 0 and out.startswith("c.npz: 256 tokens of 2 texts\n   70.0%  a.txt: 128 tokens"), err
     assert Profile.load(tmp_path / "c.npz").shares == pytest.approx({"a.txt": 0.7, "b.txt": 0.3})
@@ -79,9 +87,32 @@ def test_profiles_are_merged_with_weights(run: Run, tmp_path: Path) -> None:
     assert code == 0 and json.loads(out)["texts"]["a.txt"]["share"] == 0.5
 
 
+def test_what_quantising_costs_is_said(run: Run, tmp_path: Path) -> None:
+    write_text(tmp_path / "t.txt")
+    assert run("m.gguf", *QUICK, "--tokens", 128, "--corpus", "t.txt")[0] == 0
+    profile, formats = Profile.load(tmp_path / "m.profile.npz"), ("int3", "int4-g64", "int4")
+    errors = np.ones((*profile.record_bytes.shape, 3, 3), np.float32) * [4.0, np.inf, 1.0]
+    errors[:, :, 2] *= 2
+    rows = np.full(profile.record_bytes.shape, 64, np.int32)
+    gains = np.array([0.003, 0.001], np.float32) / 12
+    found = Sensitivity("gptq", formats, errors.astype(np.float32), rows, gains, 128)
+    profile.with_sensitivity(found).save(tmp_path / "m.profile.npz")
+    code, out, err = run("m.gguf", "--context", 64, "--threads", 1, "--tokens", 128, "--corpus", "t.txt")
+    assert code == 0, err
+    assert out.splitlines()[-2:] == [
+        "expected rise of perplexity: 0.4% with 4 bits, 1.6% with 3 bits for all experts (gptq)",
+        "what costs most of it: layers 0 (75%), 1 (25%); gate 25%, up 25%, down 50%",
+    ]
+    code, out, err = run("m.gguf", "--context", 64, "--tokens", 128, "--corpus", "t.txt", "--quantiser", "rtn")
+    assert code == 2 and "with sensitivity to gptq, not rtn: name another file with --out, or remove it" in err
+
+
 REFUSED = {
     "a corpus that is absent": (["m.gguf", "--corpus", "no.txt"], r"no.txt cannot be read (No such file"),
     "an empty corpus": (["m.gguf", "--corpus", "empty.txt"], "empty.txt holds nothing"),
+    "a model behind texts": (["--corpus", "t.txt", "m.gguf"], "m.gguf is a model, no text: the model comes first"),
+    "a model behind one": (["--corpus=t.txt", "m.gguf"], "m.gguf is a model, no text: the model comes first"),
+    "a bundle behind one": (["--corpus=t.txt", "m.edge"], "m.edge is a model, no text: the model comes first"),
     "a share": (["m.gguf", "--held-out", "lots"], "--held-out lots must be a share from 0 to below 100%"),
     "a share of all": (["m.gguf", "--held-out", "100%"], "--held-out 100% must be a share"),
     "a quantiser": (
@@ -102,8 +133,11 @@ REFUSED = {
 def test_what_is_refused_is_said_in_one_line(what: str, run: Run, tmp_path: Path) -> None:
     arguments, message = REFUSED[what]
     (tmp_path / "empty.txt").touch()
+    write_text(tmp_path / "t.txt")
+    (tmp_path / "m.edge").mkdir()
+    (tmp_path / "m.edge" / "manifest.json").touch()
     (tmp_path / "a.npz").write_bytes(b"")
-    code, out, err = run(*arguments, *(QUICK if "m.gguf" in arguments[:1] else ()))
+    code, out, err = run(*arguments, *(() if "--merge" in arguments else QUICK))
     assert code == 2 and out == "" and message in err, err
     assert err.splitlines()[-1].startswith("error: ")
     assert not {path.name for path in tmp_path.iterdir()} & {"c.npz", "m.profile.npz", "m.profile.npz.part"}

@@ -167,6 +167,26 @@ MISFITS = {
 }
 
 
+def test_what_one_profile_kept_back_and_another_calibrated_on_is_dropped() -> None:
+    chunk, draw = 64, np.random.default_rng(0)
+    text = draw.integers(1000, size=(6, chunk)).astype(np.int32)
+    text[5, ::8] = 7  # a template's word, in every chunk
+
+    def part(name: str, tokens: Any, held_out: Any) -> Part:
+        ids = np.zeros((3, tokens.size, 2), np.uint8) + np.array([0, 1], np.uint8)
+        domain = Domain(name, tokens.reshape(-1), held_out.reshape(-1), ids, ids.astype(np.float16))
+        profile = replace(make_profile(domain), chunk=chunk, settings={"template": [[7]]})
+        return Part(name, profile, 1.0)
+
+    shifted = np.roll(text[2], 5)
+    quoted = np.concatenate([text[4, :16], text[3, 16:]])
+    some = np.stack([text[1], text[3], shifted, quoted])
+    merged = merge([part("a", text[:1], some), part("b", text[[2, 4]], text[:1])])
+    kept = [domain.held_out.reshape(-1, chunk).tolist() for domain in merged.domains]
+    assert kept == [[text[1].tolist(), text[3].tolist(), quoted.tolist()], []], "a few windows are no copy"
+    assert merged.settings["template"] == [[7], [7]]
+
+
 @pytest.mark.parametrize("what", MISFITS)
 def test_what_does_not_fit_is_not_merged(what: str) -> None:
     change, message = MISFITS[what]

@@ -27,7 +27,8 @@ from edgert.model import load
 from edgert.model_digest import model_digest
 from edgert.pack import pack
 from edgert.profiling import Profiled, default_out, profile_model
-from edgert.states import collect_states
+from edgert.quantising import Bench
+from edgert.states import States, collect_states
 
 CHUNK = 64
 WORDS = "the cat sat on a mat and looked at the rain while some one in the house was making tea for two ".split()
@@ -206,12 +207,16 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(model: Path, texts: list[P
     arguments = [sys.executable, "-W", "ignore", "-c", KILLED, str(model), str(tmp_path / "q.npz"), *map(str, texts)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "here\n"
+        with pytest.raises(
+            OptionError, match=r"another process is at work on .*q\.npz: wait until it is done, or name"
+        ):
+            run(model, tmp_path / "q.npz", texts)
         process.send_signal(signal.SIGKILL)
     assert (tmp_path / "q.npz.part").exists() and not (tmp_path / "q.npz").exists()
     done = run(model, tmp_path / "q.npz", texts)
     assert 0 < done.n_resumed < 512 and done.n_run + done.n_resumed == 512
     assert_same(done.profile, expected)
-    assert not (tmp_path / "q.npz.part").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "p.npz", "q.npz", "two.txt"]
 
 
 @pytest.mark.usefixtures("saving")
@@ -246,8 +251,22 @@ def test_a_profile_that_is_there_is_left_as_it_is(model: Path, texts: list[Path]
     again = run(model, out, texts)
     assert (again.n_run, again.n_resumed, out.stat().st_mtime_ns) == (0, first.profile.n_tokens, time)
     assert_same(again.profile, first.profile)
-    assert run(model, out, texts[:1]).n_run == 4 * CHUNK, "of other text it is made anew"
-    assert run(golden_path("qwen3moe-q4_1"), out, texts[:1]).n_run == 4 * CHUNK
+    kept = out.read_bytes()
+    for difference, other, corpora, options in (
+        ("of one.txt, two.txt, not of one.txt", model, texts[:1], {}),
+        ("256 tokens of one.txt, not 384", model, texts, {"n_tokens": 12 * CHUNK}),
+        ("[0-9]+ tokens kept back of one.txt, not 0", model, texts, {"held_out": 0.0}),
+        ("run with defaults, not with --kv-type f32", model, texts, {"kv_type": "f32"}),
+        ("in chunks of 64 tokens, not of 32, see --context", model, texts, {"context": 32}),
+        ("of --corpus files, not of own text", model, [], {}),
+        ("of another model than qwen3moe-q4_1.gguf", golden_path("qwen3moe-q4_1"), texts, {}),
+    ):
+        with pytest.raises(OptionError, match=rf"other settings \(({difference})\): name another .* or remove it$"):
+            run(other, out, corpora, **options)
+    write_text(texts[1], seed=7)
+    with pytest.raises(OptionError, match=r"two\.txt had other text"):
+        run(model, out, texts)
+    assert out.read_bytes() == kept, "what took long to learn is not lost"
     out.write_text("my thesis")
     with pytest.raises(OptionError, match="is no profile: remove it, or name another file"):
         run(model, out, texts)
@@ -259,12 +278,18 @@ def test_a_model_writes_its_own_text_and_the_profile_says_so(model: Path, tmp_pa
     profile = run(model, tmp_path / "p.npz", []).profile
     assert profile.own_text and [domain.name for domain in profile.domains] == [OWN_TEXT]
     domain = profile.domains[0]
-    assert len(domain.tokens) == 4 * CHUNK and len(domain.held_out) == CHUNK
-    assert len({tuple(chunk) for chunk in np.split(domain.tokens, 4)}) == 4, "each chunk is drawn anew"
+    assert len(domain.tokens) == 4 * CHUNK and len(domain.held_out) == 2 * CHUNK
+    chunks = np.concatenate([domain.tokens, domain.held_out]).reshape(-1, CHUNK)
+    assert len({tuple(chunk) for chunk in chunks}) == 6, "each chunk is drawn anew"
+    assert len({tuple(chunk[:4]) for chunk in chunks}) == 6, "and prompts of what is kept back are its own"
     more = run(model, tmp_path / "q.npz", [], n_tokens=6 * CHUNK).profile.domains[0]
     assert np.array_equal(more.tokens[: 4 * CHUNK], domain.tokens), "whatever else was written"
     again = run(model, tmp_path / "p.npz", [])
-    assert again.n_run == 0 and run(model, tmp_path / "p.npz", [], held_out=0).n_run == 4 * CHUNK
+    assert again.n_run == 0
+    with pytest.raises(
+        OptionError, match="256 tokens of own text, 128 more kept back, not 256 tokens of own text, 0 more"
+    ):
+        run(model, tmp_path / "p.npz", [], held_out=0)
 
 
 # ---- states ----------------------------------------------------------------------------------------------------------
@@ -309,6 +334,39 @@ def test_states_of_another_model_or_without_room_are_refused(
         with pytest.raises(OptionError, match="chunks of 64 tokens, the context holds 32"):
             collect_states(short, profile, None, path, silent)
     assert not path.exists()
+
+
+@pytest.mark.usefixtures("saving")
+def test_states_go_on_after_an_interruption_and_are_collected_anew_where_they_are_damaged(
+    model: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    profile, steps = run(model, tmp_path / "p.npz", texts).profile, list[str]()
+    path = tmp_path / "work" / "states.f16"
+
+    def progress(stage: str, fraction: float) -> None:
+        steps.append(stage)
+        if stops and len(steps) > 3:
+            raise KeyboardInterrupt
+
+    def states(**options: Any) -> Any:
+        steps.clear()
+        return Bench(model, path.parent, progress, options=options).states(opened, profile).rows
+
+    with load(model, context=CHUNK, threads=1) as opened:
+        expected, stops = collect_states(opened, profile, None, tmp_path / "s.bin", silent).rows, True
+        with pytest.raises(KeyboardInterrupt):
+            states()
+        stops = False
+        assert np.array_equal(states(), expected) and len(steps) == 5, "three of eight chunks were there"
+        assert np.array_equal(states(), expected) and not steps
+        os.truncate(path, 1000)
+        with pytest.raises(StorageError, match="gone, or cut short; collect it anew"):
+            States(profile, profile.layers, path)
+        assert np.array_equal(states(), expected) and len(steps) == 8
+        path.unlink()
+        assert np.array_equal(states(), expected) and len(steps) == 8
+        states(activations="f32")
+        assert len(steps) == 8, "made otherwise, they count for nothing"
 
 
 # ---- which model, and where ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from edgert.errors import ModelFileError, StorageError, UnsupportedError
 from edgert.experts.policies import POLICIES, make_policy
 from edgert.experts.profile import OWN_TEXT, Domain, Profile, Sensitivity
 from edgert.experts.replay import Belady, replay_policy
+from edgert.memory import WORD_BYTES
 from edgert.pack import pack
 from edgert.proof import Proof, Score
 from edgert.quant.formats import FORMATS
@@ -212,11 +213,33 @@ def test_tables_of_use_say_what_the_profile_says(page: str) -> None:
         line = used["all text"][int(layer)]
         assert number(share) == pytest.approx(100 * line.max(), abs=0.05001) and int(expert) == line.argmax()
         assert int(never) == (line == 0).sum() == (1 if layer == "2" else 0)
+    learnt, judged = (
+        {
+            domain.name: np.array([np.bincount(one, minlength=N_EXPERT) for one in half.reshape(N_LAYERS, -1)])
+            for domain in profile.domains
+            for half in [np.array_split(domain.ids, 2, axis=1)[second]]
+        }
+        for second in (0, 1)
+    )
+    text = " ".join("".join(parsed(page).itertext()).split())
+    new = re.search(r"learnt on the first halves of the texts, ([\d.]+) % in the second", text)
+    first, second = (np.float32(0.75 * half["books"] / 48 + 0.25 * half["code"] / 32) for half in (learnt, judged))
+    best = np.argsort(-first.reshape(-1), kind="stable")[:6]
+    assert new and float(new[1]) == pytest.approx(100 * second.reshape(-1)[best].sum() / second.sum(), abs=0.05001)
     for name, *cells in tables["served"][1:-1]:
-        best = np.argsort(-used[name.removeprefix("hot in ")].reshape(-1), kind="stable")[:6]
+        best = np.argsort(-learnt[name.removeprefix("hot in ")].reshape(-1), kind="stable")[:6]
         for cell, other in zip(cells, ("books", "code"), strict=True):
-            flat = used[other].reshape(-1)
+            flat = judged[other].reshape(-1)
             assert number(cell) == pytest.approx(100 * flat[best].sum() / flat.sum(), abs=0.05001)
+
+
+def test_what_was_counted_is_said_and_pairs_promise_no_foresight(page: str) -> None:
+    text = " ".join("".join(parsed(page).itertext()).split())
+    assert "of which the first 26 fill the buffer and 54 are counted" in text
+    assert "worth reading with it" not in text and "hottest in this very text; of new text it is less" in text
+    assert (
+        "a layer's router names all that a token uses there at once" in text or "nothing is gained by keeping" in text
+    )
 
 
 def test_tables_of_reuse_and_pairs_say_what_the_routes_say(page: str) -> None:
@@ -266,6 +289,7 @@ def test_replayed_rates_and_speeds_say_what_replay_says(page: str) -> None:
                 trace,
                 Belady(trace) if name == "belady" else make_policy(name, trace.record_bytes, np.float32(known)),
                 int(share * trace.record_bytes.sum()),
+                80 // 3,
             )
             for share in shares
         ]
@@ -459,28 +483,35 @@ def test_a_profile_with_formats_of_a_newer_edgert_is_refused(tmp_path: Path) -> 
         open_subject(tmp_path / "p.npz")
 
 
-def test_a_model_key_gives_the_configuration_back_and_nothing_else() -> None:
+def test_a_profile_gives_its_models_configuration_back_and_nothing_else(tmp_path: Path) -> None:
     with GgufFile.open(golden_path("olmoe-q4_0")) as file:
         config = read_config(file.metadata, "x")
-        key = model_key(file.metadata, config)
-    profile = profile_like(config, key, np.full((config.n_layers, config.router.n_expert), 4096))  # type: ignore[union-attr]
-    assert config_of(profile) == config
-    named = replace(profile, model="ModelConfig(a) " + key)
-    assert config_of(named) == config
+    assert config.router is not None
+    profile = profile_like(config, "made", np.full((config.n_layers, config.router.n_expert), 4096))
+    sizes = {"name": "made", "config": asdict(config), "hot": 1 << 20, "words": 500}
+    replace(profile, settings={"model": sizes}).save(tmp_path / "p.npz")
+    subject = open_subject(tmp_path / "p.npz")
+    assert subject.config == config and subject.needs is not None
+    assert (subject.needs.hot, subject.needs.tokenizer) == (1 << 20, 500 * WORD_BYTES)
     assert loss_curve(replace(subject_of(made_profile()), config=None)) is None
+    shape = sizes["config"]
     for hostile in (
-        "made",
-        "",
-        "m ModelConfig(",
-        "m ModelConfig()",
-        "m ModelConfig(n_layers=__import__('os').system('true'))",
-        "m ModelConfig(" + "(" * 5000,
-        key.replace("d_model=", "d_model=-"),
-        key.replace("n_vocab=", "n_vocab=1e9 or "),
-        key.replace("top_k=", "top_k=1"),
-        key.replace("rope=RopeConfig", "rope=RouterConfig"),
+        None,
+        "olmoe",
+        {},
+        {"config": []},
+        {"config": {**shape, "d_model": -1}},
+        {"config": {**shape, "d_model": "64"}},
+        {"config": {**shape, "n_vocab": 1e9}},
+        {"config": {**shape, "n_context": True}},
+        {"config": {**shape, "router": {**shape["router"], "top_k": 1}}},
+        {"config": {**shape, "rope": shape["router"]}},
+        {"config": {**shape, "more": 1}},
     ):
-        assert config_of(replace(profile, model=hostile)) is None, hostile
+        assert config_of(replace(profile, settings={"model": hostile})) is None, hostile
+    for hot in (None, -1, "1", 1 << 60):
+        replace(profile, settings={"model": {**sizes, "hot": hot}}).save(tmp_path / "p.npz")
+        assert open_subject(tmp_path / "p.npz").needs is None, hot
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

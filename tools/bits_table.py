@@ -28,8 +28,7 @@ from edgert.experts.profile import Profile
 from edgert.pack_bits import described, held_out_chunks, uniform
 from edgert.perplexity import chunks as cut
 from edgert.quant.formats import FORMATS
-from edgert.quantising import Bench, make_tiles, measure_sensitivity, put_layer, reader, text_digest, weights_of
-from edgert.tile_store import TileStore
+from edgert.quantising import Bench, make_tiles, measure_sensitivity, put_layer, reader, weights_of
 from edgert.trial import Trial
 from edgert.weights import silent
 
@@ -77,7 +76,7 @@ class Study:
 
     def row(self, name: str, bits: Bits) -> Row:
         """Measure one setting."""
-        store = TileStore(self.bench.work / f"tiles-{bits.quantiser}", [text_digest(self.profile), bits.quantiser])
+        store = self.bench.store(f"tiles-{bits.quantiser}", self.profile, bits.quantiser)
         make_tiles(self.bench, self.weights, self.states, bits, store)
         for layer in self.profile.layers:
             put_layer(self.trial, self.weights, bits, reader(bits, store), layer)

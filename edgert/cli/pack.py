@@ -105,7 +105,8 @@ def pack(
     text = None if proof is None else read_file(proof)
     with reporting("packing") as report:
         from edgert.pack import check_goal, default_out
-        from edgert.pack_bits import Request, pack_bits, profile_for, work_of
+        from edgert.pack_bits import Request, pack_bits, profile_for
+        from edgert.work_folder import work_of
 
         target = out or default_out(source)
         options = {**chosen.runtime}

@@ -16,7 +16,7 @@ from edgert.cli.pack import Cluster, reporting
 from edgert.errors import OptionError
 
 if TYPE_CHECKING:
-    from edgert.experts.profile import Profile
+    from edgert.experts.profile import Profile, Sensitivity
     from edgert.profiling import Profiled
 
 Corpus = Annotated[
@@ -38,7 +38,7 @@ HeldOut = Annotated[
     typer.Option(
         "--held-out",
         metavar="SHARE",
-        help="Keep back this share of each text, to prove on; no more than is calibrated on. 0 keeps none.",
+        help="Keep back this share of each text, or 16 chunks in sum if there is text, to prove on. 0 keeps none.",
     ),
 ]
 Quantiser = Annotated[
@@ -64,8 +64,9 @@ class ProfileCommand(TyperCommand):
         option, written = "", list[str]()
         for place, arg in enumerate(args):
             if arg.startswith("-"):
-                option = arg if arg in ("--corpus", "--merge") else ""
-                written += [arg]
+                name, _, value = arg.partition("=")
+                option = name if name in ("--corpus", "--merge") else ""
+                written += [name, value] if option and value else [arg]
             elif option and args[place - 1] != option:
                 written += [option, arg]
             else:
@@ -127,18 +128,27 @@ def _add_sensitivity(
     done: Profiled, model: str | None, quantiser: str, report: Any, dask: str | None, runtime: Mapping[str, Any]
 ) -> Profiled:
     """Measure what quantising costs, unless the profile says it already for this quantiser, and write it."""
-    if done.profile.sensitivity is not None and done.profile.sensitivity.quantiser == quantiser:
-        return done
+    if (known := done.profile.sensitivity) is not None:
+        if known.quantiser == quantiser:
+            return done
+        raise OptionError(
+            f"{done.path} is there already, with sensitivity to {known.quantiser}, not {quantiser}: name another file "
+            "with --out, or remove it"
+        )
     from dataclasses import replace
 
+    from edgert.experts.profile import Profile
     from edgert.loading import resolve
-    from edgert.pack_bits import work_of
     from edgert.quantising import Bench, measure_sensitivity
+    from edgert.work_folder import locked_work
 
-    bench = Bench(resolve(model), work_of(done.path), report, dask, runtime)
-    found = done.profile.with_sensitivity(measure_sensitivity(bench, done.profile, quantiser))
-    found.save(done.path)
-    bench.remove()
+    with locked_work(done.path) as work:
+        found = Profile.load(done.path)
+        if found.sensitivity is None:  # nor measured by another process in between
+            bench = Bench(resolve(model), work, report, dask, runtime)
+            found = found.with_sensitivity(measure_sensitivity(bench, found, quantiser))
+            found.save(done.path)
+            bench.remove()
     return replace(done, profile=found)
 
 
@@ -165,7 +175,15 @@ def _merged(texts: list[str], out: Path | None, model: str | None, corpus: list[
     if len(texts) < 2:
         raise OptionError("--merge names one profile; name at least two, such as a.npz=0.7 b.npz=0.3")
     named = [_weighted(text) for text in texts]
-    merged = merge([Part(str(path), Profile.load(path), weight) for path, weight in named])
+    parts = [Part(str(path), Profile.load(path), weight) for path, weight in named]
+    merged = merge(parts)
+    before, after = (
+        sum(len(domain.held_out) for one in profiles for domain in one.domains) // merged.chunk
+        for profiles in ([part.profile for part in parts], [merged])
+    )
+    if after < before:
+        copies = "copies of text that another profile calibrated on"
+        output.note(f"{before - after} of {before} chunks kept back were dropped, {copies}")
     try:
         merged.save(out)
     except OSError as error:
@@ -223,7 +241,36 @@ def _about(profile: Profile) -> dict[str, Any]:
         "previous_token_reuse": float(np.nanmean(reuse)),
         "recall": {name: _mean(rows[0]) for name, rows in profile.recall.items()},
         "sensitivity": profile.sensitivity and profile.sensitivity.quantiser,
+        "costs": profile.sensitivity and _costs(profile.sensitivity),
     }
+
+
+def _costs(found: Sensitivity) -> dict[str, Any]:
+    """What quantising costs: the expected rise of perplexity with all experts at a width, and where it comes from.
+
+    By the format of each width that loses least. layers, projections: shares of that at the smallest width.
+    """
+    import numpy as np
+
+    from edgert.quant.formats import FORMATS
+
+    losses, widths = found.loss().astype(np.float64), [FORMATS[name].bits for name in found.formats]
+    shares, rises = dict[str, Any](), dict[str, float]()
+    for width in (4, 3):
+        totals = [losses[..., place].sum() if bits == width else np.inf for place, bits in enumerate(widths)]
+        best = int(np.argmin(totals))
+        if not np.isfinite(totals[best]):
+            continue
+        total, loss = max(float(totals[best]), 1e-30), losses[..., best]
+        rises[str(width)] = math.expm1(total) if total < 100 else math.inf
+        by_layer, by_projection = loss.sum(axis=(1, 2)) / total, loss.sum(axis=(0, 1)) / total
+        shares = {
+            "layers": {
+                str(layer): float(by_layer[layer]) for layer in np.argsort(-by_layer, kind="stable")[:3].tolist()
+            },
+            "projections": dict(zip(("gate", "up", "down"), by_projection.tolist(), strict=True)),
+        }
+    return {"rise": rises, **shares}
 
 
 def _mean(row: Any) -> float | None:
@@ -269,3 +316,9 @@ def _show_about(about: dict[str, Any]) -> None:
     )
     recall = ", ".join(f"{name} {share:.0%}" for name, share in about["recall"].items() if share is not None)
     output.write(f"experts of the next layer foreseen: {recall or 'none'}\n")
+    if (costs := about["costs"]) and costs["rise"]:
+        rises = ", ".join(f"{rise:.1%} with {width} bits" for width, rise in costs["rise"].items())
+        output.write(f"expected rise of perplexity: {rises} for all experts ({about['sensitivity']})\n")
+        layers = ", ".join(f"{layer} ({share:.0%})" for layer, share in costs["layers"].items())
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in costs["projections"].items())
+        output.write(f"what costs most of it: layers {layers}; {parts}\n")
