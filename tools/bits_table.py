@@ -25,8 +25,9 @@ from measured_text import measured_text
 from edgert.allocating import Problem
 from edgert.bits import Bits
 from edgert.experts.profile import Profile
-from edgert.pack_bits import described, held_out_chunks, uniform
+from edgert.pack_bits import described, uniform
 from edgert.perplexity import chunks as cut
+from edgert.proof_text import held_out_chunks
 from edgert.quant.formats import FORMATS
 from edgert.quantising import Bench, make_tiles, measure_sensitivity, put_layer, reader, weights_of
 from edgert.trial import Trial
