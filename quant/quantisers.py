@@ -84,13 +84,19 @@ def _rtn(weights: Floats, grid: Grid, inputs: Inputs) -> Floats:
 
 
 def _hqq(weights: Floats, grid: Grid, inputs: Inputs) -> Floats:
-    grid.fit(weights, _importance(inputs, weights.shape[1]), _STEPS[grid.format.has_minimum], 2)
-    return grid.round(weights)
+    return _fitted(weights, grid, inputs, 2)
 
 
 def _awq(weights: Floats, grid: Grid, inputs: Inputs) -> Floats:
-    grid.fit(weights, _importance(inputs, weights.shape[1]), _STEPS[grid.format.has_minimum], 0)
-    return grid.round(weights)
+    return _fitted(weights, grid, inputs, 0)
+
+
+def _fitted(weights: Floats, grid: Grid, inputs: Inputs, n_fits: int) -> Floats:
+    importance = _importance(inputs, weights.shape[1])
+    grid.fit(weights, importance, _STEPS[grid.format.has_minimum], n_fits)
+    levels = grid.round(weights)
+    grid.keep_gain(weights, levels, importance)
+    return levels
 
 
 def _gptq(weights: Floats, grid: Grid, inputs: Inputs) -> Floats:

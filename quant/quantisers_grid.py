@@ -59,6 +59,24 @@ class Grid:
         kernels.round_all(weights, self.scales, self.minima, self.spec, self.table, levels)
         return levels
 
+    def keep_gain(self, weights: Floats, levels: Floats, importance: Floats) -> None:
+        """Scale everything so that the matrix keeps all of its weights' own direction.
+
+        The least squares of a fit keep less: 0.86 of it at 2 bits, and gate, up and down multiply that.
+        """
+        kept = float(np.sum(importance * weights * self.to_float(levels), dtype=np.float64))
+        whole = float(np.sum(importance * np.square(weights), dtype=np.float64))
+        if self.format.is_e8m0 or kept <= 0.5 * whole:
+            return
+        factor = np.float32(whole / kept)
+        if not self.format.scale_bits:
+            self.scales, self.minima = (_halves(table * factor) for table in (self.scales, self.minima))
+            return
+        for table, above in ((self.scales, self.above), (self.minima, self.below)):
+            integers = np.rint(np.divide(table, above, out=np.zeros_like(table), where=above != 0))
+            above[:] = _halves(above * factor)
+            np.multiply(above, integers, out=table)
+
     def feed_back(self, weights: Floats, feedback: Feedback, factors: Floats, n_sweeps: int) -> Floats:
         """Levels, group by group, errors made good by later groups, then refined in at most n_sweeps; see Feedback.
 
@@ -118,6 +136,12 @@ class Grid:
         if not format.has_minimum:
             return Matrix(format, values, scales, None, above)
         return Matrix(format, values, scales, _integers(self.minima, self.below, 0), above, below)
+
+
+def _halves(table: Floats) -> Floats:
+    """Floats that half floats hold."""
+    halves: Floats = table.astype(np.float16).astype(np.float32)
+    return halves
 
 
 def _integers(table: Floats, above: Floats, offset: int) -> npt.NDArray[np.uint8]:

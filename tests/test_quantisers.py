@@ -210,6 +210,17 @@ def test_down_makes_good_what_gate_and_up_miss() -> None:
     assert np.square(target - made @ d.T).mean() < 0.95 * np.square(target - made @ alone.T).mean()
 
 
+@pytest.mark.parametrize("quantiser", ["hqq", "awq"])
+@pytest.mark.parametrize("name", ["int2", "int2-g16-min", "int2-k", "int3"])
+def test_what_is_fitted_keeps_the_size_of_what_an_expert_gives(quantiser: str, name: str) -> None:
+    x, n = rows(700, 256), np.ones(700, np.float32)
+    gate, up, down = weights(256, 256, 1) * 10, weights(256, 256, 2) * 10, weights(256, 256, 3)
+    found = quantise_expert(gate, up, down, [FORMATS[name]] * 3, quantiser, x, n)
+    g, u, d = (matrix.to_float() for matrix in found.matrices if matrix)
+    whole, made = activate(x @ gate.T, x @ up.T, "silu") @ down.T, activate(x @ g.T, x @ u.T, "silu") @ d.T
+    assert 0.9 < np.sum(whole * made) / np.sum(np.square(whole)) < 1.1
+
+
 def test_awq_scales_columns_of_down_where_up_can_take_the_inverse() -> None:
     gate, up, down, x, importance = expert()
     up[3] *= 50  # what it makes weighs most
