@@ -104,7 +104,7 @@ class Peer:
             if len(tensor.shape) > 1:
                 types[tensor.tensor_type.name] += int(tensor.n_bytes)
                 experts += int(tensor.n_bytes) if "_exps" in tensor.name else 0
-        said = [self._perplexity(path, i, "--kl-divergence", until="Same top p") for i in range(self._n_texts)]
+        said = [self._perplexity(path, i, "--kl-divergence", until="Same top p:") for i in range(self._n_texts)]
         path.unlink()
         return [_row(path.stem, place, one, types, experts) for place, one in enumerate(said)]
 
