@@ -27,7 +27,7 @@ class Tried:
     """One attempt."""
 
     solution: Solution
-    expected: float  # the loss that was asked of it, nats a token
+    expected: float  # its loss, nats a token, or what was asked for where that is less
     rise: Rise  # measured
 
     @property
@@ -55,6 +55,7 @@ class Search:
         kept: list[Solution] = []
         for left in reversed(range(_ATTEMPTS)):
             found = self._largest if not left and not kept else self._within(expected)
+            expected = min(expected, found.loss)  # else what misses far above its own loss is tried again and again
             tried = Tried(found, expected, self._measure(found))
             self.tried.append(tried)
             if tried.worst <= bound:

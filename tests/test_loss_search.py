@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,24 @@ def test_attempts_lie_between_the_largest_loss_that_passed_and_the_least_that_mi
     for one in made.tried:
         assert passed < one.expected < missed
         passed, missed = (one.expected, missed) if one.worst <= 0.1 else (passed, one.expected)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-2, 1.0, 30.0])
+def test_where_losses_are_expected_far_too_low_or_high_no_bundle_is_tried_twice(scale: float) -> None:
+    """The least bundle loses 0.5 whatever is expected of it, and the bound asks for about 430 bytes."""
+
+    def scaled(found: Solution) -> Solution:
+        return replace(found, loss=scale * found.loss)
+
+    made = Search(
+        lambda expected: scaled(solve(expected / scale)),
+        scaled(of_size(_MOST)),
+        scaled(of_size(_LEAST)),
+        lambda found: Rise(2 * found.loss / scale, 0.0),
+    )
+    found = made.go(0.1)
+    sizes = [one.solution.n_bytes for one in made.tried]
+    assert found is not None and len(set(sizes)) == len(sizes) and 430 <= found.n_bytes <= 480, sizes
 
 
 def test_before_it_is_given_up_the_largest_is_tried() -> None:
