@@ -38,14 +38,14 @@ def text(n_words: int, seed: int = 0) -> str:
     return " ".join(random.choice(_WORDS, n_words, p=chances / chances.sum()))
 
 
-def write(path: Path, seed: int = 5) -> Path:
-    """A model of random weights whose experts differ in size, as a file."""
-    random = np.random.default_rng(seed)
+def write(path: Path, seed: int = 5, sizes: Sizes = SIZES) -> Path:
+    """A model of random weights whose experts differ in what they add, as a file."""
+    random, scale = np.random.default_rng(seed), 0.15 * (SIZES.d_model / sizes.d_model) ** 0.5
     weights = {}
-    for name, shape in SIZES.shapes().items():
-        weights[name] = (random.standard_normal(shape) * 0.15 + (len(shape) == 1)).astype(np.float32)
+    for name, shape in sizes.shapes().items():
+        weights[name] = (random.standard_normal(shape) * scale + (len(shape) == 1)).astype(np.float32)
         if "down_exps" in name:
             weights[name] *= random.lognormal(0.0, 1.0, (shape[0], 1, 1)).astype(np.float32)
-    vocabulary = Vocabulary.train([text(3000), " ".join(_WORDS).upper()], SIZES.n_vocab)
-    small_moe_file.write(path, SIZES, vocabulary, weights, "made by a test")
+    vocabulary = Vocabulary.train([text(3000), " ".join(_WORDS).upper()], sizes.n_vocab)
+    small_moe_file.write(path, sizes, vocabulary, weights, "made by a test")
     return path

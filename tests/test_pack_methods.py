@@ -1,0 +1,132 @@
+"""Packing as EdgeMoE does and for speed, end to end: text of the model's own, for of that quantising can only lose."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgert
+from edgert.allocating import Problem
+from edgert.architectures import read_config
+from edgert.bits import PROJECTIONS, hot_format
+from edgert.errors import MemoryLimitError, OptionError
+from edgert.experts.profile import Profile, Sensitivity
+from edgert.goal import Goal
+from edgert.needs import needs
+from edgert.pack_bits import PackedBits, Request, pack_bits
+from edgert.profiling import profile_model
+from edgert.quant.formats import FORMATS
+from edgert.quantising import profile_counts
+from edgert.requantised import Bytes, RequantisedSource
+from edgert.storage.bundle import read_manifest
+from edgert.storage.gguf_file import GgufFile
+from edgert.weights import Weights, silent
+from tests import tiny_moe
+
+OPTIONS: dict[str, Any] = {"context": 128, "threads": 1}
+LARGER = replace(tiny_moe.SIZES, d_model=256, d_expert=256, n_expert=24)  # so that experts are more than read buffers
+WIDER = ("int4", "int5-g64", "int6-g64", "int8-g64")
+
+
+def profiled(model: Path) -> Profile:
+    """A profile of text that the model writes itself, without sensitivity; half of the text is kept back."""
+    out = model.with_name("profile.npz")
+    return profile_model(model, out, n_tokens=2048, held_out=0.5, progress=silent, **OPTIONS).profile
+
+
+def pack(model: Path, out: Path, profile: Profile, goal: Goal) -> PackedBits:
+    return pack_bits(Request(model, out, profile, goal, options=OPTIONS), silent)
+
+
+def keeps(found: PackedBits, bound: float) -> bool:
+    """Whether the rise that was measured is within the bound, as far as its standard error can tell."""
+    return found.proof.comparison.increase <= bound + found.proof.comparison.standard_error
+
+
+def formats_in_use(bundle: Path) -> set[tuple[str, ...]]:
+    """Formats of gate, up and down that experts of a bundle have."""
+    manifest = read_manifest(bundle)
+    kinds = np.unique(manifest.record_kind)
+    return {tuple(part.format.name for part in manifest.kinds[kind]) for kind in kinds.tolist()}
+
+
+# ---- EdgeMoE's two widths --------------------------------------------------------------------------------------------
+def test_edgemoe_gives_two_bits_to_as_many_experts_as_the_bound_lets_it(tmp_path: Path) -> None:
+    model = tiny_moe.write(tmp_path / "tiny.gguf")
+    profile = profiled(model)
+    goal = Goal(loss=0.24, method="edgemoe", quantiser="rtn")  # with all of four bits it is 0.06, of two 0.54
+    found = pack(model, tmp_path / "m.edge", profile, goal)
+    assert keeps(found, 0.24)
+    assert formats_in_use(tmp_path / "m.edge") == {("int4",) * 3, ("int2",) * 3}  # an expert has one width
+    assert 2.5 < found.bits["bits_per_weight"] < 4.5
+    with pytest.raises(OptionError, match="base width"):
+        pack(model, tmp_path / "n.edge", profile, replace(goal, loss=1e-4))
+    assert not (tmp_path / "n.edge").exists()
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+def sensitivity(profile: Profile) -> Sensitivity:
+    """Errors that fall fourfold with each bit, the same for all experts."""
+    rows = profile_counts(profile).astype(np.int32)
+    bits = np.array([8 * FORMATS[name].matrix_bytes(256, 256) / 256**2 for name in WIDER])
+    errors = np.broadcast_to(4.0**-bits, (*rows.shape, len(PROJECTIONS), len(WIDER))).astype(np.float32)
+    return Sensitivity("rtn", WIDER, errors, rows, np.full(len(rows), 2.0, np.float32), profile.n_tokens)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile]:
+    """A model of 9 million weights in experts, and its profile."""
+    model = tiny_moe.write(tmp_path_factory.mktemp("larger") / "larger.gguf", sizes=LARGER)
+    profile = profiled(model)
+    return model, profile.with_sensitivity(sensitivity(profile))
+
+
+def budgets(model: Path, profile: Profile) -> tuple[int, int]:
+    """The floor of the smallest bundle, and what holds all of its experts, in bytes."""
+
+    def unread(*_: Any) -> Bytes:
+        raise AssertionError("weights are read")
+
+    assert profile.sensitivity is not None
+    with contextlib.closing(GgufFile.open(model)) as file:
+        config = read_config(file.metadata, str(model))
+        smallest = Problem(profile.sensitivity, config, hot_format(8)).smallest().bits
+        found = needs(
+            Weights(file, config, source=RequantisedSource(file, smallest, unread)), OPTIONS["context"], "f16"
+        )
+    return found.floor().total, found.plan(min(found.work)).total
+
+
+def test_bits_for_speed_keep_the_bound_and_stream(tmp_path: Path, larger: tuple[Path, Profile]) -> None:
+    model, profile = larger
+    floor, whole = budgets(model, profile)
+    assert floor < whole, "reading from flash takes more than it spares"
+    goal = Goal(loss=0.25, objective="speed", memory=(floor + whole) // 2, quantiser="rtn")
+    found = pack(model, tmp_path / "m.edge", profile, goal)
+    assert keeps(found, 0.25) and found.bits["asked"]["objective"] == "speed"
+    assert {name for names in formats_in_use(tmp_path / "m.edge") for name in names} <= set(WIDER)
+    ids = list(range(5, 60))
+    with edgert.load(tmp_path / "m.edge", **OPTIONS) as resident:
+        expected = resident.logits(ids)
+    with edgert.load(tmp_path / "m.edge", **OPTIONS, residency="50%") as streamed:
+        assert np.array_equal(streamed.logits(ids), expected)
+
+
+def test_speed_is_refused_where_all_experts_fit_and_where_nothing_runs(
+    tmp_path: Path, larger: tuple[Path, Profile]
+) -> None:
+    model, profile = larger
+    floor, whole = budgets(model, profile)
+    for memory, error, words in (
+        (whole + (1 << 20), OptionError, "MiB of experts fit --memory .* leave --objective speed away"),
+        (floor - (1 << 20), MemoryLimitError, "below this model's floor"),
+    ):
+        with pytest.raises(error, match=words):
+            goal = Goal(loss=0.1, objective="speed", memory=memory, quantiser="rtn")
+            pack(model, tmp_path / "m.edge", profile, goal)
+        assert not (tmp_path / "m.edge").exists()
