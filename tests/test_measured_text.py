@@ -88,7 +88,7 @@ def test_other_programs_get_the_same_text_in_a_plain_file(dialogues: Path, tmp_p
     text = measured_text(str(dialogues))
     peer = peer_bits.Peer(
         argparse.Namespace(
-            peer=tmp_path, model=Path("m.gguf"), work=work, text=text, chunks=2, threads=1, calibration=Path("c.txt")
+            peer=tmp_path, model=Path("m.gguf"), work=work, text=[text], chunks=2, threads=1, calibration=Path("c.txt")
         )
     )
-    assert peer.source() == 12.5
+    assert peer.sources() == [12.5]

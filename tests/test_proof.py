@@ -172,7 +172,7 @@ def test_inspect_shows_bits_and_proof(packed: Path, capsys: pytest.CaptureFixtur
     for row in (
         "bits per weight 4.5",
         "widths 4 bits 100.0% ##############################",
-        "chosen asked loss 0.02",
+        "chosen asked --loss 2%",
         "perplexity 26.060 -> 26.510 (+1.73% +/- 0.21%)",
         "text held-out text: 16,320 tokens of 64 chunks",
         "valid JSON 62.5% -> 50.0% of 24",
