@@ -27,7 +27,7 @@ from edgert.experts.allocation import Mask
 from edgert.experts.edgemoe import choose_low
 from edgert.experts.profile import Sensitivity
 from edgert.experts.profiled_choice import choice_bytes
-from edgert.experts.speed_allocation import routes_to_replay
+from edgert.experts.speed_allocation import Tier, routes_to_replay
 from edgert.loading import context_of
 from edgert.loss_search import Search
 from edgert.pack import (
@@ -115,6 +115,7 @@ class _Run:
         self.inexact: dict[str, str] = {}
         self._config = read_config(file.metadata, str(file.path))
         self._check_size()
+        self._tier = self._tier_for_speed()
 
     def fill(self, place: Place) -> tuple[int, int]:
         """Fill and publish the place of the bundle."""
@@ -156,6 +157,23 @@ class _Run:
                     f"{experts:,} of them experts; use a larger one"
                 )
 
+    def _tier_for_speed(self) -> Tier | None:
+        """What experts on flash have to do with, for a goal of speed. Before anything is loaded, raises as tier_for."""
+        memory, config = self._goal.memory, self._config
+        if self._goal.objective != "speed" or memory is None:
+            return None
+        smallest = Problem(self._measured() or self._unmeasured(), config, self._hot).smallest().bits
+        weights = Weights(self._file, config, source=RequantisedSource(self._file, smallest, _no_tiles))
+        n_context = context_of(self._request.options.get("context"), config)
+        tier, self._said["flash"] = tier_for(weights, memory, self._request.out.absolute().parent, n_context)
+        self._progress(f"flash of {self._said['flash']}", 0.0)
+        return tier
+
+    def _measured(self) -> Sensitivity | None:
+        """What the profile knows of losses with the goal's quantiser."""
+        found = self._profile.sensitivity
+        return found if found is not None and found.quantiser == self._goal.quantiser else None
+
     def _unmeasured(self) -> Sensitivity:
         """What is known of sizes before anything is known of losses."""
         names = candidates(Weights(self._file, self._config))
@@ -171,8 +189,8 @@ class _Run:
         return m.hot_bytes + m.metadata_bytes + 2 * len(m.as_text()) + choice_bytes(m.record_bytes)
 
     def _problem(self) -> Problem:
-        found = self._profile.sensitivity
-        if found is None or found.quantiser != self._goal.quantiser:
+        found = self._measured()
+        if found is None:
             found = measure_sensitivity(self._bench, self._profile, self._goal.quantiser)
             self._profile = self._profile.with_sensitivity(found)  # the bundle's has it, then
         return Problem(found, self._weights.config, self._hot)
@@ -291,12 +309,8 @@ class _Run:
 
     def _fastest(self, problem: Problem) -> Callable[[float], Solution]:
         """What solves for speed on this machine's flash, in the memory of the goal."""
-        assert self._goal.memory is not None
-        source, config = self._source(problem.smallest().bits), self._weights.config
-        weights = Weights(self._file, config, source=source)
-        n_context = context_of(self._request.options.get("context"), config)
-        tier, self._said["flash"] = tier_for(weights, self._goal.memory, self._request.out.absolute().parent, n_context)
-        self._progress(f"flash of {self._said['flash']}", 0.0)
+        tier = self._tier
+        assert tier is not None
         trace = routes_to_replay(self._profile, _REPLAYED_TOKENS)
         return lambda loss: problem.fastest(trace, tier, loss, self._progress)
 

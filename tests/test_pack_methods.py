@@ -18,7 +18,7 @@ from edgert.errors import MemoryLimitError, OptionError
 from edgert.experts.profile import Profile, Sensitivity
 from edgert.goal import Goal
 from edgert.needs import needs
-from edgert.pack_bits import PackedBits, Request, pack_bits
+from edgert.pack_bits import PackedBits, Request, pack_bits, work_of
 from edgert.profiling import profile_model
 from edgert.quant.formats import FORMATS
 from edgert.quantising import profile_counts
@@ -117,10 +117,10 @@ def test_bits_for_speed_keep_the_bound_and_stream(tmp_path: Path, larger: tuple[
         assert np.array_equal(streamed.logits(ids), expected)
 
 
-def test_speed_is_refused_where_all_experts_fit_and_where_nothing_runs(
+def test_speed_is_refused_at_once_where_all_experts_fit_and_where_nothing_runs(
     tmp_path: Path, larger: tuple[Path, Profile]
 ) -> None:
-    model, profile = larger
+    (model, profile), out = larger, tmp_path / "m.edge"
     floor, whole = budgets(model, profile)
     for memory, error, words in (
         (whole + (1 << 20), OptionError, "MiB of experts fit --memory .* leave --objective speed away"),
@@ -128,5 +128,5 @@ def test_speed_is_refused_where_all_experts_fit_and_where_nothing_runs(
     ):
         with pytest.raises(error, match=words):
             goal = Goal(loss=0.1, objective="speed", memory=memory, quantiser="rtn")
-            pack(model, tmp_path / "m.edge", profile, goal)
-        assert not (tmp_path / "m.edge").exists()
+            pack(model, out, profile, goal)
+        assert not out.exists() and not work_of(out).exists()
