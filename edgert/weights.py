@@ -6,7 +6,7 @@ Every tensor of the file must be asked for by somebody: one that is left over co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -76,55 +76,10 @@ class Weights:
         if "rope_freqs.weight" in self.shapes:
             self._wanted["rope_freqs.weight"] = (c.rope.n_rotated // 2,)
         for layer in range(c.n_layers):
-            self._wanted |= {f"blk.{layer}.{name}": shape for name, shape in self._layer_shapes(layer).items()}
+            self._wanted |= {
+                f"blk.{layer}.{name}": shape for name, shape in layer_shapes(self.config, layer, self.shapes).items()
+            }
         self._check()
-
-    def _layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Names of a layer's tensors, without their prefix, and the shapes they must have."""
-        c = self.config
-        q, k, v = c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.n_kv_heads * c.d_value
-        shapes: dict[str, tuple[int, ...]] = {
-            "attn_norm.weight": (c.d_model,),
-            "ffn_norm.weight": (c.d_model,),
-            "attn_output.weight": (c.d_model, c.n_heads * c.d_value),
-        }
-        optional: dict[str, tuple[int, ...]] = {
-            "attn_output.bias": (c.d_model,),
-            "attn_q.bias": (q,),
-            "attn_k.bias": (k,),
-            "attn_v.bias": (v,),
-            "attn_qkv.bias": (q + k + v,),
-        }
-        if f"blk.{layer}.attn_qkv.weight" in self.shapes:
-            shapes["attn_qkv.weight"] = (q + k + v, c.d_model)
-        else:
-            shapes |= {
-                "attn_q.weight": (q, c.d_model),
-                "attn_k.weight": (k, c.d_model),
-                "attn_v.weight": (v, c.d_model),
-            }
-        if c.qk_norm == "head":
-            shapes |= {"attn_q_norm.weight": (c.d_head,), "attn_k_norm.weight": (c.d_head,)}
-        elif c.qk_norm == "vector":
-            shapes |= {"attn_q_norm.weight": (q,), "attn_k_norm.weight": (k,)}
-        if c.router:
-            e, f = c.router.n_expert, c.d_expert
-            shapes |= {
-                "ffn_gate_inp.weight": (e, c.d_model),
-                "ffn_gate_exps.weight": (e, f, c.d_model),
-                "ffn_up_exps.weight": (e, f, c.d_model),
-                "ffn_down_exps.weight": (e, c.d_model, f),
-            }
-        if c.d_shared:
-            suffix = "_shexp" if c.router else ""
-            shapes |= {
-                f"ffn_gate{suffix}.weight": (c.d_shared, c.d_model),
-                f"ffn_up{suffix}.weight": (c.d_shared, c.d_model),
-                f"ffn_down{suffix}.weight": (c.d_model, c.d_shared),
-            }
-        if c.shared_gate:
-            shapes["ffn_gate_inp_shexp.weight"] = (c.d_model,)
-        return shapes | {name: shape for name, shape in optional.items() if f"blk.{layer}.{name}" in self.shapes}
 
     def _check(self) -> None:
         for name, shape in self._wanted.items():
@@ -236,7 +191,7 @@ class Weights:
                 if linear.bias is not None:
                     bias, name = linear.bias, f"{prefix}attn_{part}.bias"
                     yield HotTensor(name, bias.shape, None, lambda bias=bias: bias)  # type: ignore[misc]   # bound early
-            for name in self._layer_shapes(layer):
+            for name in layer_shapes(self.config, layer, self.shapes):
                 if not self.is_cold(name) and not name.startswith(("attn_q.", "attn_k.", "attn_v.", "attn_qkv.")):
                     yield self._hot(f"{prefix}{name}")
         for name in ("rope_freqs.weight", "output_norm.weight"):
@@ -301,3 +256,54 @@ class Weights:
     def is_on_file(self, name: str) -> bool:
         """Whether a tensor stays in the file: an embedding table that is not the head too."""
         return name == EMBEDDING and HEAD in self.shapes
+
+
+def layer_shapes(config: ModelConfig, layer: int, there: Container[str]) -> dict[str, tuple[int, ...]]:
+    """Names of a layer's tensors, without their prefix, and the shapes they must have.
+
+    there: names of a file's tensors, which decide what is optional, and whether q, k and v are one.
+    """
+    c = config
+    q, k, v = c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.n_kv_heads * c.d_value
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (c.d_model,),
+        "ffn_norm.weight": (c.d_model,),
+        "attn_output.weight": (c.d_model, c.n_heads * c.d_value),
+    }
+    optional: dict[str, tuple[int, ...]] = {
+        "attn_output.bias": (c.d_model,),
+        "attn_q.bias": (q,),
+        "attn_k.bias": (k,),
+        "attn_v.bias": (v,),
+        "attn_qkv.bias": (q + k + v,),
+    }
+    if f"blk.{layer}.attn_qkv.weight" in there:
+        shapes["attn_qkv.weight"] = (q + k + v, c.d_model)
+    else:
+        shapes |= {
+            "attn_q.weight": (q, c.d_model),
+            "attn_k.weight": (k, c.d_model),
+            "attn_v.weight": (v, c.d_model),
+        }
+    if c.qk_norm == "head":
+        shapes |= {"attn_q_norm.weight": (c.d_head,), "attn_k_norm.weight": (c.d_head,)}
+    elif c.qk_norm == "vector":
+        shapes |= {"attn_q_norm.weight": (q,), "attn_k_norm.weight": (k,)}
+    if c.router:
+        e, f = c.router.n_expert, c.d_expert
+        shapes |= {
+            "ffn_gate_inp.weight": (e, c.d_model),
+            "ffn_gate_exps.weight": (e, f, c.d_model),
+            "ffn_up_exps.weight": (e, f, c.d_model),
+            "ffn_down_exps.weight": (e, c.d_model, f),
+        }
+    if c.d_shared:
+        suffix = "_shexp" if c.router else ""
+        shapes |= {
+            f"ffn_gate{suffix}.weight": (c.d_shared, c.d_model),
+            f"ffn_up{suffix}.weight": (c.d_shared, c.d_model),
+            f"ffn_down{suffix}.weight": (c.d_model, c.d_shared),
+        }
+    if c.shared_gate:
+        shapes["ffn_gate_inp_shexp.weight"] = (c.d_model,)
+    return shapes | {name: shape for name, shape in optional.items() if f"blk.{layer}.{name}" in there}

@@ -31,7 +31,8 @@ class GgufFile:
     """An open GGUF model; use `GgufFile.open(path)`, best in a `with` statement.
 
     Reads are positional, so one open file may be read from several threads. Without `keep_pages` what was read is taken
-    out of the page cache: for who reads all of a file once, under a memory limit that may count the cache.
+    out of the page cache: for who reads all of a file once, under a memory limit that may count the cache. With
+    `header_only` the files may be the beginnings of such, whose tensors nobody will read.
     """
 
     path: Path  # the file that was opened: of a split model the first part
@@ -40,11 +41,11 @@ class GgufFile:
     tensors: dict[str, TensorInfo]  # of all parts, in the order of the files
     n_bytes: int  # size of all files
 
-    def __init__(self, path: str | os.PathLike[str], *, keep_pages: bool = True) -> None:
-        self.path, self._keeps_pages = Path(path), True
+    def __init__(self, path: str | os.PathLike[str], *, keep_pages: bool = True, header_only: bool = False) -> None:
+        self.path, self._keeps_pages, self._header_only = Path(path), True, header_only
         with ExitStack() as stack:
             self._files = [stack.enter_context(_open(self.path))]
-            self.metadata, self.tensors = HeaderReader(self._files[0], self.path).parse()
+            self.metadata, self.tensors = HeaderReader(self._files[0], self.path, header_only=header_only).parse()
             self.parts = _part_paths(self.path, self.metadata)
             for number in range(1, len(self.parts)):
                 self._files.append(stack.enter_context(self._open_part(number)))
@@ -57,13 +58,13 @@ class GgufFile:
             self._stack = stack.pop_all()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, keep_pages: bool = True) -> GgufFile:
+    def open(cls, path: str | os.PathLike[str], *, keep_pages: bool = True, header_only: bool = False) -> GgufFile:
         """Open a model, of a split model by its first part, reading no tensor data.
 
         Raises ModelFileError for a file that is absent, unreadable, not GGUF, truncated or inconsistent, and
         UnsupportedError for a sound one of a version, byte order or tensor type that edgert does not read.
         """
-        return cls(path, keep_pages=keep_pages)
+        return cls(path, keep_pages=keep_pages, header_only=header_only)
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
@@ -158,7 +159,7 @@ class GgufFile:
 
     def _add_part(self, number: int) -> None:
         path = self.parts[number]
-        metadata, tensors = HeaderReader(self._files[number], path, number).parse()
+        metadata, tensors = HeaderReader(self._files[number], path, number, header_only=self._header_only).parse()
         for key, expected in (("split.no", number), ("split.count", len(self.parts))):
             if _integer(metadata, key) != expected:
                 raise _wrong_key(

@@ -147,12 +147,16 @@ class Metadata(Mapping[str, Any]):
 
 
 class HeaderReader:
-    """Parses the header of one open file: `HeaderReader(file, path, part).parse()`."""
+    """Parses the header of one open file: `HeaderReader(file, path, part).parse()`.
 
-    def __init__(self, file: io.FileIO, path: Path, part: int = 0) -> None:
+    header_only: the file may be the beginning of one, and end anywhere behind the header.
+    """
+
+    def __init__(self, file: io.FileIO, path: Path, part: int = 0, *, header_only: bool = False) -> None:
         self._file = file
         self._path = path
         self._part = part
+        self._header_only = header_only
         self._size = os.fstat(file.fileno()).st_size
         self._data = bytearray()  # the file's first bytes, as far as they were needed
         self._position = 0
@@ -207,12 +211,21 @@ class HeaderReader:
         if count > most:
             raise self._damaged(f"the header says {count:,} {what}, at most {most:,} are read")
         if count * smallest > self._size - self._position:
-            raise self._damaged(f"the header says {count:,} {what}, more than {self._size:,} bytes can hold")
+            raise self._too_long(f"the header says {count:,} {what}, more than {self._size:,} bytes can hold")
 
     # -- bytes
 
     def _damaged(self, what: str) -> ModelFileError:
         return ModelFileError(f"{self._path}: {what}; {DOWNLOAD}")
+
+    def _too_long(self, what: str) -> ModelFileError:
+        """The header is longer than the file."""
+        if not self._header_only:
+            return self._damaged(what)
+        return ModelFileError(
+            f"{self._path}: the header goes on behind these {self._size:,} bytes ({what}); take more of the model's "
+            "file: its first 16 MB hold the header of any model known"
+        )
 
     def _need(self, end: int, what: str) -> None:
         """Have the bytes before `end`; `what` is read there and is named when the file ends before."""
@@ -220,7 +233,7 @@ class HeaderReader:
         if end <= have:
             return
         if end > self._size:
-            raise self._damaged(f"{what} runs to byte {end:,}, but the file has {self._size:,} bytes")
+            raise self._too_long(f"{what} runs to byte {end:,}, but the file has {self._size:,} bytes")
         if end > MAX_HEADER_BYTES:
             raise self._damaged(f"{what} runs to byte {end:,}, a header may have {MAX_HEADER_BYTES:,}")
         target = min(self._size, max(end, have + max(CHUNK, have // 8)))
@@ -308,7 +321,7 @@ class HeaderReader:
         if count > self._left[kind]:
             raise self._damaged(f"{what} says {count:,} {kind}, {self._left[kind]:,} are allowed here")
         if count * smallest > self._size - self._position:
-            raise self._damaged(f"{what} says {count:,} {kind}, more than {self._size:,} bytes can hold")
+            raise self._too_long(f"{what} says {count:,} {kind}, more than {self._size:,} bytes can hold")
         self._left[kind] -= count
 
     def _walk_strings(self, count: int, what: str) -> _Strings:
@@ -395,7 +408,7 @@ class HeaderReader:
                     f" {_short(before.name)}, which ends at byte {end:,}"
                 )
             before, end = t, t.offset + t.n_bytes
-        if before is not None and end > self._size:
+        if before is not None and end > self._size and not self._header_only:
             raise ModelFileError(
                 f"{self._path}: truncated: {end - self._size:,} bytes are missing (tensor"
                 f" {_short(before.name)} ends at byte {end:,}, the file has {self._size:,});"

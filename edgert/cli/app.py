@@ -16,6 +16,7 @@ from edgert.cli import (
     inspect,
     pack,
     perplexity,
+    plan,
     profile,
     replay,
     report,
@@ -36,6 +37,7 @@ app.command("generate")(generate.generate)
 app.command("inspect", cls=inspect.InspectCommand)(inspect.inspect_model)
 app.command("perplexity")(perplexity.perplexity)
 app.command("bench")(bench.bench)
+app.command("plan")(plan.plan)
 app.command("replay")(replay.replay)
 app.command("profile", cls=profile.ProfileCommand)(profile.profile)
 app.command("report")(report.report)

@@ -1,0 +1,108 @@
+"""A model on paper: the table of tensors that its GGUF would have, from its configuration and a quantisation's name.
+
+Types are those that llama-quantize gives, near enough to tell sizes within a few per cent. There are no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
+
+from edgert.architectures import read_config
+from edgert.errors import ModelFileError, OptionError
+from edgert.huggingface_config import FAMILIES, FolderConfig, read_folder_config
+from edgert.storage.gguf_header import TensorInfo
+from edgert.storage.json_file import JsonObject
+from edgert.types import ModelConfig
+from edgert.weights import EMBEDDING, HEAD, layer_shapes
+
+# What most matrices are stored in, what the sensitive ones (some of the values and down projections), what the head.
+QUANTISATIONS = {
+    "q3_k_m": (Type.Q3_K, Type.Q4_K, Type.Q6_K),
+    "q4_0": (Type.Q4_0, Type.Q4_0, Type.Q6_K),
+    "q4_k_m": (Type.Q4_K, Type.Q6_K, Type.Q6_K),
+    "q5_k_m": (Type.Q5_K, Type.Q6_K, Type.Q6_K),
+    "q6_k": (Type.Q6_K, Type.Q6_K, Type.Q6_K),
+    "q8_0": (Type.Q8_0, Type.Q8_0, Type.Q8_0),
+    "f16": (Type.F16, Type.F16, Type.F16),
+    "bf16": (Type.BF16, Type.BF16, Type.BF16),
+}
+DEFAULT_QUANTISATION = "q4_k_m"
+# For rows that are no multiple of 256, as llama-quantize chooses.
+_FALLBACKS = {Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
+
+
+class PaperFile:
+    """What looks like an open model and has a table of tensors alone; see storage.tensor_file.TensorFile."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> None:
+        self.path, self.metadata, self.tensors = path, metadata, tensors
+        self.parts: tuple[Path, ...] = ()
+        self.n_bytes = sum(tensor.n_bytes for tensor in tensors.values())
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """ModelFileError: there is nothing to read."""
+        raise ModelFileError(f"{self.path}: the tensor {name} is on paper only; name a file to run")
+
+    def read_rows(self, name: str, first_row: int, n_rows: int) -> npt.NDArray[np.uint8]:
+        """ModelFileError: there is nothing to read."""
+        return self.read(name)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def paper_model(config_json: JsonObject, quantisation: str, name: str, path: Path) -> tuple[PaperFile, ModelConfig]:
+    """The model that a config.json describes, as GGUF in a quantisation of QUANTISATIONS.
+
+    Raises UnsupportedError and ModelFileError for what edgert does not run or makes no sense, OptionError for a
+    quantisation that is not known.
+    """
+    if quantisation not in QUANTISATIONS:
+        raise OptionError(f"{quantisation!r:.40} is no quantisation known here; use {', '.join(QUANTISATIONS)}")
+    folder = read_folder_config(config_json)
+    metadata = {**folder.metadata, "general.name": name}
+    config = read_config(metadata, str(path))
+    types = _types(config, folder, quantisation)
+    return PaperFile(path, metadata, types), config
+
+
+def _types(config: ModelConfig, folder: FolderConfig, quantisation: str) -> dict[str, TensorInfo]:
+    """The table of tensors."""
+    body, more, head = QUANTISATIONS[quantisation]
+    embedding = (config.n_vocab, config.d_model)
+    tensors = [_tensor(EMBEDDING, embedding, head if folder.tied else body)]
+    tensors.append(_tensor("output_norm.weight", (config.d_model,), Type.F32))
+    if not folder.tied:
+        tensors.append(_tensor(HEAD, embedding, head))
+    biases = {"attn_q.bias", "attn_k.bias", "attn_v.bias"} if folder.family is FAMILIES["Qwen2MoeForCausalLM"] else ()
+    for layer in range(config.n_layers):
+        optional = {f"blk.{layer}.{name}" for name in biases}
+        for name, shape in layer_shapes(config, layer, optional).items():
+            kind = more if _is_sensitive(name, layer, config.n_layers) else body
+            if len(shape) == 1 or name == "ffn_gate_inp.weight":
+                kind = Type.F32
+            tensors.append(_tensor(f"blk.{layer}.{name}", shape, kind))
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _is_sensitive(name: str, layer: int, n_layers: int) -> bool:
+    """Whether llama-quantize's mixes give a matrix more bits: its `use_more_bits`."""
+    often = layer < n_layers // 8 or layer >= 7 * n_layers // 8 or (layer - n_layers // 8) % 3 == 2
+    return often and name.startswith(("attn_v.", "ffn_down"))
+
+
+def _tensor(name: str, shape: tuple[int, ...], kind: Type) -> TensorInfo:
+    if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = _FALLBACKS.get(kind, kind)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        kind, block, block_bytes = Type.F16, 1, 2
+    return TensorInfo(name, shape, kind, 0, 0, math.prod(shape) // block * block_bytes)

@@ -1,0 +1,246 @@
+"""The roofline of a plan as a picture: what a board can do, and where the parts of a token and of a prompt lie.
+
+Both axes are logarithmic. A part lies on the roof above its operations a byte; the larger its mark, the more of the
+time it takes. Experts from flash lie on a roof of their own, far below that of memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgert.errors import OptionError, StorageError
+from edgert.report_svg import require_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from edgert.plan import Plan
+    from edgert.plan_parts import Part
+
+_INK, _MUTED, _RULE = "#1a1a1a", "#5f6368", "#dddddd"
+_TOKEN, _PROMPT, _FLASH = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, which the colour-blind tell apart
+_WIDTH, _HEIGHT = 6.4, 4.9  # inches of one board
+_NEAR = 0.16  # decades within which marks share a name
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "roofline",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _MUTED,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+class Mark(NamedTuple):
+    """A part, or several that lie together: operations a byte, operations a second, share of the time."""
+
+    x: float
+    y: float
+    share: float
+    name: str
+
+
+def check_plot(path: Path) -> None:
+    """OptionError for a file that is neither .svg nor .png; UnsupportedError without matplotlib."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise OptionError(f"--plot {path} is neither .svg nor .png: name such a file")
+    require_matplotlib()
+
+
+def write_roofline(plans: Sequence[Plan], path: Path) -> None:
+    """Draw plans beside each other, and write the picture. StorageError if that cannot be done."""
+    check_plot(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH * len(plans), _HEIGHT), layout="constrained")
+        axes = figure.subplots(1, len(plans), squeeze=False, sharex=True, sharey=True)[0]
+        _set_limits(axes[0], plans)
+        for one, plan in zip(axes, plans, strict=True):
+            _draw(one, plan)
+        axes[0].set_ylabel("operations a second")
+        try:
+            metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+            figure.savefig(path, dpi=150, metadata=metadata, facecolor="white")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written ({error.strerror or error}); name another file") from error
+
+
+def _set_limits(axes: Axes, plans: Sequence[Plan]) -> None:
+    """Limits that hold the marks and the ridges of all boards."""
+    marks = [mark for plan in plans for mark in (*token_marks(plan), *prompt_marks(plan), *flash_marks(plan))]
+    ridges = [plan.board.main.peak_per_s / plan.board.main.bytes_per_s for plan in plans]
+    x = [mark.x for mark in marks] + ridges
+    y = [mark.y for mark in marks] + [plan.board.main.peak_per_s for plan in plans]
+    axes.set(xscale="log", yscale="log", xlim=(min(x) / 3, max(x) * 4), ylim=(min(y) / 4, max(y) * 4))
+
+
+def _draw(axes: Axes, plan: Plan) -> None:
+    """One board."""
+    unit, board = plan.board.main, plan.board
+    axes.grid(True)
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_major_formatter(lambda value, _: _scaled(value))
+    axes.set_xlabel("operations a byte")
+    axes.set_title(f"{plan.model.name} on {board.title}", loc="left", fontsize=10, fontweight="bold")
+    marks = (*token_marks(plan), *prompt_marks(plan), *flash_marks(plan))
+    int8 = unit.int8_per_s if unit.int8_per_s and any(part.kind == "int8" for part in plan.decode) else None
+    peak = int8 or unit.half_per_s
+    _roof(axes, unit.bytes_per_s, peak, _INK, f"memory, {unit.bytes_per_s / 1e9:.0f} GB/s")
+    high = axes.get_xlim()[1]
+    words = "int8" if int8 else "floats"
+    axes.annotate(f"{words}, {_scaled(peak)} op/s", (high, peak), (-2, 3), textcoords="offset points", ha="right")
+    if int8 and unit.half_per_s < peak:
+        axes.plot((unit.half_per_s / unit.bytes_per_s, high), [unit.half_per_s] * 2, color=_MUTED, lw=0.9, ls=":")
+        _note(axes, high, unit.half_per_s, f"floats, {_scaled(unit.half_per_s)} op/s")
+    if plan.hits is not None:
+        flash = plan.main.flash
+        _roof(axes, flash.bytes_per_s, peak, _FLASH, f"{flash.name}, {flash.bytes_per_s / 1e9:.2g} GB/s", dashed=True)
+    for found, colour, shape in (
+        (token_marks(plan), _TOKEN, "o"),
+        (prompt_marks(plan), _PROMPT, "s"),
+        (flash_marks(plan), _FLASH, "D"),
+    ):
+        for mark in found:
+            axes.plot(mark.x, mark.y, shape, color=colour, ms=4 + 12 * math.sqrt(mark.share), alpha=0.75, mew=0)
+    _name(axes, [*((mark, _TOKEN) for mark in token_marks(plan)), *((m, _PROMPT) for m in prompt_marks(plan))])
+    _name(axes, [(mark, _FLASH) for mark in flash_marks(plan)])
+    _legend(axes, plan, bool(marks))
+
+
+def _roof(axes: Axes, bytes_per_s: float, peak: float, colour: str, words: str, *, dashed: bool = False) -> None:
+    """The line of what a rate of bytes allows, up to the peak of operations."""
+    low, high = axes.get_xlim()
+    ridge = peak / bytes_per_s
+    style = "--" if dashed else "-"
+    axes.plot((low, ridge, max(high, ridge)), (low * bytes_per_s, peak, peak), style, color=colour, lw=1.4)
+    width, height = _WIDTH - 1.2, _HEIGHT - 1.1
+    x_decades, y_decades = (math.log10(b / a) for a, b in (axes.get_xlim(), axes.get_ylim()))
+    angle = math.degrees(math.atan2(height / y_decades, width / x_decades))
+    bottom = axes.get_ylim()[0]
+    x = max(low * 1.25, 1.6 * bottom / bytes_per_s)
+    axes.annotate(
+        words,
+        (x, x * bytes_per_s),
+        (0, 4),
+        textcoords="offset points",
+        rotation=angle,
+        rotation_mode="anchor",
+        color=colour,
+        fontsize=8,
+    )
+
+
+def _note(axes: Axes, x: float, y: float, words: str) -> None:
+    axes.annotate(words, (x, y), (-2, -4), textcoords="offset points", ha="right", va="top", color=_MUTED, fontsize=8)
+
+
+def _name(axes: Axes, marks: Sequence[tuple[Mark, str]]) -> None:
+    """Names below and to the right of marks, in rows where they would meet."""
+    taken: list[tuple[float, float]] = []
+    for mark, colour in sorted(marks, key=lambda one: one[0].x):
+        x, y = math.log10(mark.x), math.log10(mark.y)
+        row = sum(abs(x - a) < 0.9 and abs(y - b) < 0.7 for a, b in taken)
+        taken.append((x, y))
+        axes.annotate(
+            mark.name,
+            (mark.x, mark.y),
+            (8, -13 - 12 * row),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkB": 3},
+        )
+
+
+def _legend(axes: Axes, plan: Plan, marks: bool) -> None:
+    """What the colours are."""
+    rows = [(_TOKEN, f"a token, {plan.request.prompt:,} tokens in"), (_PROMPT, "a chunk of the prompt")]
+    if plan.hits is not None:
+        rows.append((_FLASH, f"experts from flash, {plan.hits.usual:.0%} found in RAM"))
+    for line, (colour, words) in enumerate(rows if marks else ()):
+        axes.annotate(
+            words, (0.015, 0.985), (0, -12 * line), "axes fraction", "offset points", va="top", color=colour, fontsize=8
+        )
+
+
+# ---- marks -----------------------------------------------------------------------------------------------------------
+def token_marks(plan: Plan) -> list[Mark]:
+    """Parts of a token."""
+    return list(_together(plan.decode, plan))
+
+
+def prompt_marks(plan: Plan) -> list[Mark]:
+    """Parts of the prompt's first chunk."""
+    return list(_together(plan.prompt, plan))
+
+
+def flash_marks(plan: Plan) -> list[Mark]:
+    """The experts that a token reads from flash."""
+    if plan.hits is None or plan.memory is None or plan.hits.usual >= 1:
+        return []
+    missed = 1 - plan.hits.usual
+    operations = sum(part.count * part.operations for part in plan.decode if part.cold) * missed
+    intensity = operations / (plan.memory.working_set * missed)
+    share = plan.main.flash_s / (plan.main.flash_s + plan.main.arithmetic_s)
+    return [Mark(intensity, intensity * plan.main.flash.bytes_per_s, share, "missing experts")]
+
+
+def _together(parts: Sequence[Part], plan: Plan) -> Iterator[Mark]:
+    """Marks of parts, of which those that lie close share one."""
+    unit = plan.board.main
+    there = [part for part in parts if part.n_bytes and part.operations]
+    total = sum(part.seconds(unit) for part in there) or 1.0
+    groups: list[list[Part]] = []
+    for part in sorted(there, key=lambda part: part.intensity):
+        near = groups and abs(math.log10(part.intensity / groups[-1][0].intensity)) < _NEAR
+        if near and abs(math.log10(part.rate(unit) / groups[-1][0].rate(unit))) < _NEAR:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    for group in groups:
+        largest = max(group, key=lambda part: part.seconds(unit))
+        share = sum(part.seconds(unit) for part in group) / total
+        yield Mark(largest.intensity, largest.rate(unit), share, _names(group))
+
+
+def _names(parts: Sequence[Part]) -> str:
+    """The names of parts that share a mark: matrices by what they are."""
+    names = [part.name for part in parts]
+    found, rest = [], []
+    if len([name for name in names if name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")]) > 1:
+        found.append("q, k, v, o")
+    if any(name.endswith("(experts)") for name in names):
+        found.append("experts")
+    if any(name in ("gate_proj", "up_proj", "down_proj") or name.endswith("(shared)") for name in names):
+        found.append("gate, up, down")
+    for name in names:
+        covered = name.endswith(("(experts)", "(shared)")) or name in ("gate_proj", "up_proj", "down_proj")
+        if not covered and not (name.endswith("_proj") and "q, k, v, o" in found):
+            rest.append(name.removesuffix("_proj"))
+    return ", ".join([*found, *rest])
+
+
+def _scaled(value: float) -> str:
+    for unit in ("", "K", "M", "G", "T"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}P"

@@ -1,0 +1,163 @@
+"""The model that a plan is for: from a header, a bundle, a folder, a config.json or a preset; no weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgert.architectures import read_config
+from edgert.errors import OptionError
+from edgert.experts.profile import Profile
+from edgert.huggingface import is_huggingface_folder
+from edgert.loading import EMBEDDED, context_of, name_of, open_model, resolve
+from edgert.memory import WORD_BYTES, Needs
+from edgert.needs import needs, record_bytes
+from edgert.paper_model import DEFAULT_QUANTISATION, QUANTISATIONS, PaperFile, paper_model
+from edgert.presets import PRESETS, TITLES, preset_named
+from edgert.storage.bundle import PROFILE, Bundle, is_bundle
+from edgert.storage.gguf_file import GgufFile
+from edgert.storage.json_file import JsonObject, read_json
+from edgert.storage.tensor_file import TensorFile
+from edgert.traffic import ModelTraffic
+from edgert.types import Ids, ModelConfig
+from edgert.weights import Weights
+
+
+@dataclass(frozen=True)
+class PlanModel:
+    """A model as its table of tensors tells it. path: None where there is no file that could run."""
+
+    name: str
+    source: str  # where the table is from, for people
+    path: Path | None
+    config: ModelConfig
+    weights: Weights
+    profile: Profile | None = None
+
+    @property
+    def record_bytes(self) -> Ids:
+        """(n_layers, n_expert) bytes of the experts' records."""
+        return record_bytes(self.weights)
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return int(sum(np.prod(shape, dtype=np.int64) for shape in self.weights.shapes.values()))
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the tensors as they are stored; of a bundle as packed."""
+        file = self.weights.file
+        if isinstance(file, Bundle):
+            return file.n_bytes
+        return sum(tensor.n_bytes for tensor in file.tensors.values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Numbers that one token is multiplied with."""
+        traffic = ModelTraffic.of(self.weights, 0.0)
+        used = traffic.layers + traffic.head
+        n_experts = self.config.n_layers * self.config.router.top_k if self.config.router else 0
+        return int(used.integers + used.floats + n_experts * (traffic.expert.integers + traffic.expert.floats))
+
+    def needs(self, context: int, kv_type: str, threads: int) -> Needs:
+        """What it takes on a machine that computes with so many threads and has its kernels compiled."""
+        found = replace(needs(self.weights, context, kv_type, threads), compiling=False)
+        if not isinstance(self.weights.file, PaperFile):
+            return found
+        return replace(found, tokenizer=2 * WORD_BYTES * self.config.n_vocab)  # about as many merges as tokens
+
+    def context(self, context: int | None) -> int:
+        """Positions to plan for; OptionError beyond what the model was made for."""
+        return context_of(context, self.config)
+
+
+def open_plan_model(name: str | None, profile: Path | None = None) -> PlanModel:
+    """What `name` stands for: a file, a folder, a bundle, config.json, PRESET or either with :QUANTISATION; None: the
+    embedded model.
+
+    Raises OptionError for a name that is nothing, ModelFileError and UnsupportedError for what cannot be planned for.
+    profile: measured routes of this very model.
+    """
+    plain, quantisation = _split(name)
+    path = None if plain is None else Path(plain)
+    if plain is not None and path is not None and plain != EMBEDDED and not path.exists():
+        if plain.lower() in PRESETS or not path.suffix.lower() == ".gguf":
+            return _preset(plain, quantisation, profile)
+    if path is not None and path.is_dir() and not is_bundle(path) and is_huggingface_folder(path):
+        path = path / "config.json"
+    if path is not None and path.suffix == ".json":
+        where = path.parent.name or path.name
+        return _on_paper(read_json(path), quantisation, where, path, profile)
+    if quantisation is not None:
+        raise OptionError(f"{name}: a file has its quantisation; leave :{quantisation} away")
+    return _of_file(resolve(path), profile)
+
+
+def _split(name: str | None) -> tuple[str | None, str | None]:
+    """A name and the quantisation behind its last colon, if there is one that is known."""
+    if name is None or Path(name).exists():
+        return name, None
+    before, colon, after = name.rpartition(":")
+    if not colon or "/" in after:
+        return name, None
+    if after.lower() not in QUANTISATIONS:
+        raise OptionError(f"{name}: {after!r:.40} is no quantisation known here; use {', '.join(QUANTISATIONS)}")
+    return before, after.lower()
+
+
+def _preset(name: str, quantisation: str | None, profile: Path | None) -> PlanModel:
+    values = preset_named(name)
+    return _on_paper(JsonObject(values, f"the preset {name}"), quantisation, TITLES[name.lower()], None, profile)
+
+
+def _on_paper(
+    values: JsonObject, quantisation: str | None, name: str, path: Path | None, profile: Path | None
+) -> PlanModel:
+    kind = quantisation or DEFAULT_QUANTISATION
+    file, config = paper_model(values, kind, name, path or Path(name))
+    source = f"{'preset' if path is None else path}, as {kind.upper()} on paper"
+    return _made(name, source, None, file, config, profile)
+
+
+def _of_file(path: Path, profile: Path | None) -> PlanModel:
+    file: TensorFile | Bundle
+    if is_bundle(path) or path.is_dir():
+        file = open_model(path)
+    else:
+        file = GgufFile.open(path, header_only=True)
+    try:
+        config = read_config(file.metadata, str(path))
+        return _made(name_of(file), str(path), path, file, config, profile)
+    finally:
+        file.close()
+
+
+def _made(
+    name: str,
+    source: str,
+    path: Path | None,
+    file: TensorFile | Bundle | PaperFile,
+    config: ModelConfig,
+    profile: Path | None,
+) -> PlanModel:
+    weights = Weights(file, config)
+    if profile is None and isinstance(file, Bundle) and (file.path / PROFILE).exists():
+        profile = file.path / PROFILE
+    return PlanModel(name, source, path, config, weights, None if profile is None else _profile(profile, weights))
+
+
+def _profile(path: Path, weights: Weights) -> Profile:
+    """A profile whose experts are those of the model; OptionError for another's."""
+    found, c = Profile.load(path), weights.config
+    shape = (c.n_layers, c.router.n_expert if c.router else 0)
+    top_k = c.router.top_k if c.router else 0
+    if found.record_bytes.shape != shape or found.top_k != top_k:
+        theirs = "{} layers of {} experts".format(*found.record_bytes.shape)
+        raise OptionError(
+            f"{path}: the profile is of {theirs}, of which {found.top_k} are used; this model has {shape[0]} of "
+            f"{shape[1]}, of which {top_k} are used: name its own profile"
+        )
+    return found

@@ -1,0 +1,156 @@
+"""What each part of a step computes and moves: operations, bytes and what bounds it, as rooflines have it.
+
+Formulas (arXiv 2402.16363, whose table 1 they give cell by cell): a matrix of n_in x n_out for n tokens takes 2 n n_in
+n_out operations and moves its weights, n n_in and n n_out numbers; the products with keys and with values take 2 h n L
+d_head operations and move queries or outputs, keys or values, and scores; softmax takes 5 operations and 2 accesses an
+element, a norm 7 and 2, an addition 1 and 2. Of experts the distinct ones count, E (1 - (1 - k/E)^n) if routing is
+even.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from edgert.boards import Unit
+from edgert.weights import EMBEDDING, HEAD, Weights
+
+Kind = Literal["int8", "float"]  # what a part's operations are
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of part of a step: `count` of them, each with so many operations and bytes.
+
+    weights: bytes of `n_bytes` that are weights. cold: whether these are experts'.
+    """
+
+    name: str
+    count: float
+    operations: float
+    n_bytes: float
+    kind: Kind
+    weights: float = 0.0
+    cold: bool = False
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.operations / self.n_bytes if self.n_bytes else math.inf
+
+    def rate(self, unit: Unit) -> float:
+        """Operations a second that a unit reaches at most."""
+        return min(self.peak(unit), self.intensity * unit.bytes_per_s)
+
+    def bound(self, unit: Unit) -> str:
+        """What limits it there."""
+        return "memory" if self.intensity * unit.bytes_per_s < self.peak(unit) else "compute"
+
+    def peak(self, unit: Unit) -> float:
+        """Operations of its kind a second."""
+        return unit.int8_per_s if self.kind == "int8" and unit.int8_per_s else unit.half_per_s
+
+    def seconds(self, unit: Unit, compute_share: float = 1.0, read_share: float = 1.0) -> float:
+        """Of all of them, on a unit that reaches these shares of its peaks."""
+        computing = self.operations / (self.peak(unit) * compute_share)
+        return self.count * max(computing, self.n_bytes / (unit.bytes_per_s * read_share))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Bytes of one number: of activations, and of keys and values. nodes: whether scores go to memory, all of them.
+
+    A runtime of one graph node after the other computes the scores of every token with every position, and writes them;
+    edgert's own kernels leave out what lies ahead of a token and keep scores in caches.
+    """
+
+    activation: float = 4.0
+    cached: float = 2.0
+    nodes: bool = False
+
+
+def even_distinct(n_expert: int, top_k: int, n_tokens: int) -> float:
+    """Experts of a layer that n tokens use together, if each is as likely as any other."""
+    return n_expert * (1.0 - (1.0 - top_k / n_expert) ** n_tokens)
+
+
+def step_parts(
+    weights: Weights,
+    n_tokens: int,
+    n_seen: int,
+    numbers: Numbers,
+    *,
+    n_logits: int = 1,
+    distinct: Callable[[int], float] | None = None,
+) -> list[Part]:
+    """The parts of a step of n_tokens, the last of which sees n_seen positions, itself included.
+
+    n_logits: tokens whose logits are wanted. distinct: experts of a layer that n tokens use, by default evenly.
+    """
+    found = list(_layer_parts(weights, n_tokens, n_seen, numbers))
+    found += _expert_parts(weights, n_tokens, numbers, distinct)
+    head = HEAD if HEAD in weights.shapes else EMBEDDING
+    if n_logits:
+        found.append(_linear(weights, "head", [head], n_logits, numbers, 1))
+    return found
+
+
+def _layer_parts(weights: Weights, n: int, seen: int, numbers: Numbers) -> Iterator[Part]:
+    """Hot parts of all layers."""
+    c, number = weights.config, numbers.activation
+    layers = c.n_layers
+    there = "blk.0.attn_qkv.weight" in weights.shapes
+    names = {"qkv_proj": "attn_qkv"} if there else {f"{x}_proj": f"attn_{x}" for x in "qkv"}
+    suffix = "_shexp" if c.router else ""
+    names |= {"o_proj": "attn_output"}
+    if c.d_shared:
+        names |= {f"{part}_proj{' (shared)' if c.router else ''}": f"ffn_{part}{suffix}" for part in _FFN}
+    if c.router:
+        names["router"] = "ffn_gate_inp"
+    for name, tensor in names.items():
+        tensors = [f"blk.{layer}.{tensor}.weight" for layer in range(layers)]
+        yield _linear(weights, name, tensors, n, numbers, layers)
+    scores = c.n_heads * n * (seen if numbers.nodes else seen - (n - 1) / 2)
+    moved = scores * number if numbers.nodes else 0.0
+    for name, head, width in (("qk_matmul", c.d_head, c.d_head), ("sv_matmul", c.d_value, c.d_value)):
+        cached = seen * c.n_kv_heads * width * numbers.cached
+        yield Part(name, layers, 2 * scores * head, n * c.n_heads * width * number + cached + moved, "float")
+    yield Part("softmax", layers, 5 * scores, 2 * moved, "float")
+    wide = n * c.d_model
+    yield Part("norm", 2 * layers + 1, 7 * wide, 2 * wide * number, "float")
+    yield Part("add", 2 * layers, wide, 2 * wide * number, "float")
+
+
+_FFN = ("gate", "up", "down")
+
+
+def _linear(weights: Weights, name: str, tensors: list[str], n: int, numbers: Numbers, count: int) -> Part:
+    """Matrices of one shape, each times n rows; their bytes are the mean."""
+    n_out, n_in = weights.shapes[tensors[0]][-2:]
+    stored = sum(map(weights.bytes_of, tensors)) / len(tensors)
+    moved = stored + n * (n_in + n_out) * numbers.activation
+    return Part(name, count, 2.0 * n * n_in * n_out, moved, _kind(weights, tensors[0]), stored)
+
+
+def _kind(weights: Weights, name: str) -> Kind:
+    return "int8" if all(format.is_integer for format in weights.sizes_of(name)) else "float"
+
+
+def _expert_parts(
+    weights: Weights, n: int, numbers: Numbers, distinct: Callable[[int], float] | None
+) -> Iterator[Part]:
+    """Routed experts of all layers: a token computes top_k of them, the distinct ones are read."""
+    c = weights.config
+    if c.router is None:
+        return
+    e, k = c.router.n_expert, c.router.top_k
+    used = even_distinct(e, k, n) if distinct is None else distinct(n)
+    for part in _FFN:
+        tensors = [f"blk.{layer}.ffn_{part}_exps.weight" for layer in range(c.n_layers)]
+        n_out, n_in = weights.shapes[tensors[0]][-2:]
+        each = sum(map(weights.bytes_of, tensors)) / len(tensors) / e
+        moved = used * each + n * k * (n_in + n_out) * numbers.activation
+        kind = _kind(weights, tensors[0])
+        yield Part(f"{part}_proj (experts)", c.n_layers, 2.0 * n * k * n_in * n_out, moved, kind, used * each, True)
