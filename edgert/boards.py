@@ -85,6 +85,12 @@ def _arm(n_cores: int, clock_hz: float, bytes_per_s: float, instructions: str, p
     return Unit("CPU", each * (16 if "neon-" in instructions else 4), each * 4, bytes_per_s, n_cores, instructions)
 
 
+_PI_FLASH = (
+    Flash("NVMe", 430e6, 1.5e-4),
+    Flash("NVMe at PCIe 3.0", 800e6, 1.5e-4),
+    Flash("microSD", 90e6, 4e-4),
+)
+_PI_REMARK = "NVMe on an M.2 HAT; PCIe 3.0 (dtparam=pciex1_gen=3) mostly works but is outside the specification"
 _SD = Flash("microSD", 67e6, 4e-4)
 _NVME_GEN3X4 = Flash("NVMe", 1.8e9, 1e-4)
 _NVME_GEN4X4 = Flash("NVMe", 3.0e9, 1e-4)
@@ -152,11 +158,9 @@ BOARDS = {
             17.1e9,
             _arm(4, 2.4e9, 11.4e9, "neon-dotprod"),
             None,
-            (Flash("NVMe", 800e6, 1.5e-4), Flash("microSD", 90e6, 4e-4)),
+            _PI_FLASH,
             slowness=2.5,
-            remarks=(
-                "NVMe on a HAT at PCIe 3.0 x1 (dtparam=pciex1_gen=3, outside the specification; 430 MB/s at 2.0)",
-            ),
+            remarks=(_PI_REMARK,),
             sources=(
                 "raspberrypi.com, product brief (LPDDR4X-4267, 32 bits; four Cortex-A76 at 2.4 GHz)",
                 "hellomatik.com/research/hitting-the-memory-wall-30b-moe-raspberry-pi (11.4 GB/s while decoding)",
@@ -170,11 +174,9 @@ BOARDS = {
             17.1e9,
             _arm(4, 2.4e9, 11.4e9, "neon-dotprod"),
             None,
-            (Flash("NVMe", 800e6, 1.5e-4), Flash("microSD", 90e6, 4e-4)),
+            _PI_FLASH,
             slowness=2.5,
-            remarks=(
-                "NVMe on a HAT at PCIe 3.0 x1 (dtparam=pciex1_gen=3, outside the specification; 430 MB/s at 2.0)",
-            ),
+            remarks=(_PI_REMARK,),
             sources=("as the Raspberry Pi 5 8GB",),
         ),
         Board(

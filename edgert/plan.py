@@ -49,7 +49,7 @@ class Range(NamedTuple):
 
 # On the machine that edgert was measured on, quiet: 0.81 of the bytes that a plain loop reads in decoding, 0.32 to 0.42
 # of the int8 operations of a loop of dot products in prompts of 512; 80 to 86 % of the bound with experts on flash.
-MEASURED = Reaches(Reach(0.70, 0.26, 0.85, 0.0), Reach(0.80, 0.34, 1.0, 0.0), Reach(0.88, 0.42, 1.1, 1.0))
+MEASURED = Reaches(Reach(0.70, 0.30, 0.85, 0.0), Reach(0.82, 0.40, 1.0, 0.0), Reach(0.92, 0.48, 1.1, 1.0))
 # On a board that nobody measured, whose figures are estimates too.
 UNVERIFIED = Reaches(Reach(0.55, 0.15, 0.6, 0.0), Reach(0.80, 0.30, 1.0, 0.0), Reach(1.0, 0.45, 1.3, 1.0))
 # Software, on the machine that edgert was measured on: of a layer that has to wait for flash, of each expert read, of a
@@ -73,7 +73,8 @@ class Speed:
     """With one kind of flash: tokens a second, seconds to the first token of the prompt, and what they are made of.
 
     arithmetic_s, flash_s: of a usual token. break_even: the rate of hits from which flash takes no longer than
-    arithmetic. bound: "compute", "memory" or "flash".
+    arithmetic. bound: "compute", "memory" or "flash". twice_flash, twice_memory: usual tokens a second, were flash
+    twice as fast, or edgert's memory twice as large.
     """
 
     flash: Flash
@@ -83,6 +84,8 @@ class Speed:
     flash_s: float
     break_even: float | None
     bound: str
+    twice_flash: float
+    twice_memory: float
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,15 @@ class Planner:
             reading,
             self.break_even(flash),
             "flash" if reading > arithmetic else self._bound(),
+            1 / self.token_s(rates.usual, replace(flash, bytes_per_s=2 * flash.bytes_per_s), usual),
+            1 / self.token_s(self.rates(self._residency(2 * plan.total)).usual, flash, usual),
         )
+
+    def _residency(self, n_bytes: int) -> float:
+        """The share of the experts that so much memory holds."""
+        needs = self.needs
+        others = needs.plan(min(needs.work), needs.least_slots).total - needs.least_slots
+        return min(1.0, (n_bytes - others) / needs.cold) if needs.cold else 1.0
 
     def _bound(self) -> str:
         """What takes most of the arithmetic."""

@@ -24,6 +24,9 @@ _INK, _MUTED, _RULE = "#1a1a1a", "#5f6368", "#dddddd"
 _TOKEN, _PROMPT, _FLASH = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, which the colour-blind tell apart
 _WIDTH, _HEIGHT = 6.4, 4.9  # inches of one board
 _NEAR = 0.16  # decades within which marks share a name
+_SMALL = 0.03  # of the time: what is less is named in grey, where there is room
+_SHORT = {f"{part}_proj": part for part in ("q", "k", "v", "o", "qkv", "gate", "up", "down")}
+_SHORT |= {"qk_matmul": "scores", "sv_matmul": "values"}
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "roofline",
@@ -106,22 +109,24 @@ def _draw(axes: Axes, plan: Plan) -> None:
     _roof(axes, unit.bytes_per_s, peak, _INK, f"memory, {unit.bytes_per_s / 1e9:.0f} GB/s")
     high = axes.get_xlim()[1]
     words = "int8" if int8 else "floats"
-    axes.annotate(f"{words}, {_scaled(peak)} op/s", (high, peak), (-2, 3), textcoords="offset points", ha="right")
+    axes.annotate(
+        f"{words}, {_scaled(peak)} op/s", (high, peak), (-2, 9), textcoords="offset points", ha="right", fontsize=8
+    )
     if int8 and unit.half_per_s < peak:
         axes.plot((unit.half_per_s / unit.bytes_per_s, high), [unit.half_per_s] * 2, color=_MUTED, lw=0.9, ls=":")
         _note(axes, high, unit.half_per_s, f"floats, {_scaled(unit.half_per_s)} op/s")
     if plan.hits is not None:
         flash = plan.main.flash
         _roof(axes, flash.bytes_per_s, peak, _FLASH, f"{flash.name}, {flash.bytes_per_s / 1e9:.2g} GB/s", dashed=True)
-    for found, colour, shape in (
+    for some, colour, shape in (
         (token_marks(plan), _TOKEN, "o"),
         (prompt_marks(plan), _PROMPT, "s"),
         (flash_marks(plan), _FLASH, "D"),
     ):
-        for mark in found:
+        for mark in some:
             axes.plot(mark.x, mark.y, shape, color=colour, ms=4 + 12 * math.sqrt(mark.share), alpha=0.75, mew=0)
-    _name(axes, [*((mark, _TOKEN) for mark in token_marks(plan)), *((m, _PROMPT) for m in prompt_marks(plan))])
-    _name(axes, [(mark, _FLASH) for mark in flash_marks(plan)])
+    found = ((token_marks(plan), _TOKEN), (prompt_marks(plan), _PROMPT), (flash_marks(plan), _FLASH))
+    _name(axes, [(mark, colour) for some, colour in found for mark in some])
     _legend(axes, plan, bool(marks))
 
 
@@ -153,21 +158,33 @@ def _note(axes: Axes, x: float, y: float, words: str) -> None:
 
 
 def _name(axes: Axes, marks: Sequence[tuple[Mark, str]]) -> None:
-    """Names below and to the right of marks, in rows where they would meet."""
-    taken: list[tuple[float, float]] = []
-    for mark, colour in sorted(marks, key=lambda one: one[0].x):
-        x, y = math.log10(mark.x), math.log10(mark.y)
-        row = sum(abs(x - a) < 0.9 and abs(y - b) < 0.7 for a, b in taken)
-        taken.append((x, y))
+    """Names to the right of marks and below them, moved down where they would meet; small marks without a neighbour's
+    name get theirs in grey."""
+    placed: list[tuple[float, float, float, float]] = []  # boxes of names, in points
+    points = axes.transData + axes.figure.dpi_scale_trans.inverted()
+    for mark, colour in sorted(marks, key=lambda one: -one[0].share):
+        x, y = (72 * value for value in points.transform((mark.x, mark.y)))
+        is_small = mark.share < _SMALL
+        if is_small and any(abs(x - other[0]) < 40 and abs(y - other[3]) < 22 for other in placed):
+            continue
+        width, height, down = 4.6 * len(mark.name), 11.0, 12.0
+        while any(_meet((x + 9, y - down - height, x + 9 + width, y - down), other) for other in placed):
+            down += 6
+        placed.append((x + 9, y - down - height, x + 9 + width, y - down))
         axes.annotate(
             mark.name,
             (mark.x, mark.y),
-            (8, -13 - 12 * row),
+            (9, -down - height + 2),
             textcoords="offset points",
             fontsize=7.5,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkB": 3},
+            color=_MUTED if is_small else colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkA": 0, "shrinkB": 3},
         )
+
+
+def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    """Whether two boxes (left, bottom, right, top) overlap."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _legend(axes: Axes, plan: Plan, marks: bool) -> None:
@@ -222,20 +239,13 @@ def _together(parts: Sequence[Part], plan: Plan) -> Iterator[Mark]:
 
 
 def _names(parts: Sequence[Part]) -> str:
-    """The names of parts that share a mark: matrices by what they are."""
-    names = [part.name for part in parts]
-    found, rest = [], []
-    if len([name for name in names if name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")]) > 1:
-        found.append("q, k, v, o")
-    if any(name.endswith("(experts)") for name in names):
-        found.append("experts")
-    if any(name in ("gate_proj", "up_proj", "down_proj") or name.endswith("(shared)") for name in names):
-        found.append("gate, up, down")
-    for name in names:
-        covered = name.endswith(("(experts)", "(shared)")) or name in ("gate_proj", "up_proj", "down_proj")
-        if not covered and not (name.endswith("_proj") and "q, k, v, o" in found):
-            rest.append(name.removesuffix("_proj"))
-    return ", ".join([*found, *rest])
+    """The names of parts that share a mark, the kinds of matrices by their letters or once."""
+    names = dict.fromkeys(_SHORT.get(part.name, part.name) for part in parts)
+    if any(part.name.endswith("(experts)") for part in parts):
+        names = {"experts": None} | {name: None for name in names if not name.endswith("(experts)")}
+    if any(part.name.endswith("(shared)") for part in parts):
+        names = {"shared": None} | {name: None for name in names if not name.endswith("(shared)")}
+    return ", ".join(names)
 
 
 def _scaled(value: float) -> str:

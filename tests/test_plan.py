@@ -272,7 +272,9 @@ def test_two_boards_beside_each_other() -> None:
     text = run("qwen3-30b-a3b", "--board", "jetson-orin-nano,raspberry-pi-5", "--tpot", "200ms")
     for words in ("Jetson Orin Nano 8GB", "Raspberry Pi 5 8GB", "tok/s", "NVMe", "microSD", "nobody has tried"):
         assert words in text
-    assert "times as fast" in text and "Nobody has measured" in text
+    assert "times as fast as Raspberry Pi 5 8GB" in text and "Nobody has measured edgert on these boards" in text
+    first, second = text.splitlines()[:2]
+    assert "30.5 billion parameters" in first and "128 experts, 8 used" in second
 
 
 def test_one_board_in_full_and_as_json() -> None:
@@ -304,10 +306,46 @@ def test_this_machine_and_the_embedded_model() -> None:
         (("--prompt", "99999"), "longer --context"),
         (("--context", "999999"), "context=999999"),
         (("--profile", "/nowhere.npz"), "/nowhere.npz"),
+        (("--plot", "roof.pdf"), "neither .svg nor .png"),
+        (("--plot", "/nowhere/roof.svg"), "cannot be written"),
+        (("qwen3-30b-a3b", "--verify"), "holds no weights"),
+        (("--board", "raspberry-pi-5", "--verify"), "measures the machine in hand"),
     ],
 )
 def test_bad_input_in_one_line(arguments: tuple[str, ...], words: str) -> None:
     assert words in refused(*arguments)
+
+
+def test_a_board_that_is_for_planning_only_says_why() -> None:
+    text = run("olmoe-1b-7b", "--board", "jetson-tx2,jetson-xavier-nx")
+    assert "for planning only" in text and "glibc 2.27" in text and "Python 3.8" in text
+
+
+def test_a_model_that_no_board_holds_is_told_for_several_and_refused_for_one() -> None:
+    assert "too little memory" in run("mixtral-8x22b", "--board", "raspberry-pi-5,jetson-agx-orin", "--memory", "3GiB")
+    assert "below this model's floor" in refused("mixtral-8x22b", "--board", "raspberry-pi-5", "--memory", "3GiB")
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"roof.{suffix}"
+    run("qwen3-30b-a3b", "--board", "jetson-orin-nano,raspberry-pi-5", "--plot", str(path))
+    raw = path.read_bytes()
+    if suffix == "png":
+        assert raw.startswith(b"\x89PNG")
+        return
+    text = raw.decode()
+    for words in ("Qwen3-30B-A3B on Jetson Orin Nano 8GB", "memory, 11 GB/s", "NVMe, 1.8 GB/s", "missing experts"):
+        assert words in text
+    assert "operations a byte" in text and "operations a second" in text
+
+
+def test_a_roofline_of_a_dense_model_has_no_flash(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "roof.svg"
+    run("llama-2-7b:f16", "--board", "a6000", "--plot", str(path))
+    assert "missing experts" not in path.read_text() and "floats, 155T" in path.read_text()
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:

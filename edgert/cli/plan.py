@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgert.memory import Budget
     from edgert.plan import Plan
     from edgert.plan_model import PlanModel
+    from edgert.plan_verify import Compared
     from edgert.weights import Progress
 
 ModelArgument = Annotated[
@@ -71,6 +72,10 @@ Plot = Annotated[
     typer.Option("--plot", metavar="FILE", help="Draw the roofline as FILE, .svg or .png.", show_default=False),
 ]
 
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Run the model on this machine, and show forecast and measurement.")
+]
+
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)")
 
 
@@ -84,6 +89,7 @@ def plan(
     tpot: Tpot = None,
     profile: ProfileFile = None,
     plot: Plot = None,
+    verify: Verify = False,
     json: Json = False,
     *,
     chosen: Chosen,
@@ -93,20 +99,35 @@ def plan(
     Needs no weights: the first megabytes of a GGUF file are enough (curl -r 0-16000000 -o head.gguf URL), or the name
     of a well-known model. An estimate with its range; boards that nobody measured with edgert are said to be so.
     """
+    from edgert.boards import HERE
     from edgert.plan_model import open_plan_model
 
     seconds = None if tpot is None else parse_time(tpot)
+    if verify and names_of(board) != [HERE]:
+        raise OptionError(f"--verify measures the machine in hand: leave --board {board} away")
+    if plot is not None:
+        from edgert.plan_figure import check_plot
+
+        check_plot(plot)
     with output.progress("reading the header") as progress:
         subject = open_plan_model(model, profile)
         plans = make_plans(subject, board, memory, context, prompt, seconds, progress)
+        compared: list[Compared] = []
+        if verify:
+            from edgert.plan_verify import verify as run_and_compare
+
+            compared = run_and_compare(subject, plans[0].request, progress)
     if plot is not None:
         from edgert.plan_figure import write_roofline
 
         write_roofline(plans, plot)
     if json:
-        output.write_json({"schema": 1, "plans": [one.as_dict() for one in plans]})
-    else:
-        plan_tables.show(plans)
+        measured = {"verify": [row.as_dict() for row in compared]} if verify else {}
+        output.write_json({"schema": 1, "plans": [one.as_dict() for one in plans], **measured})
+        return
+    plan_tables.show(plans)
+    if compared:
+        plan_tables.show_compared(compared)
 
 
 def make_plans(

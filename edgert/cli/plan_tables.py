@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from edgert.cli import output
@@ -11,30 +12,30 @@ from edgert.cli import output
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from edgert.plan import Plan, Range
+    from edgert.memory import MemoryPlan
+    from edgert.plan import Plan, Range, Speed
     from edgert.plan_parts import Part
+    from edgert.plan_verify import Compared
 
-_MOST_BOARDS = 4  # beside each other; more make a table of rows
 _GIB = 1 << 30
+_READING = 5.0  # tokens a second: 230 words a minute, at four tokens for three words
 
 
 def show(plans: Sequence[Plan]) -> None:
-    """The first screen; for one board also memory by kind, and each part of a step."""
+    """The first screen; for one board also memory by kind, other sizes of it, and each part of a step."""
     screen = output.console()
     for line in heading(plans[0]):
         screen.print(output.harmless(line))
-    screen.width = max(screen.width, 60 + 34 * len(plans))
+    screen.width = max(screen.width, 60 + 38 * len(plans))
     screen.print()
     screen.print(summary(plans))
     screen.print()
     for line in verdict(plans):
         screen.print(output.harmless(line))
     if len(plans) == 1 and plans[0].memory is not None:
-        screen.print()
-        screen.print(memory_table(plans[0]))
-        for name, parts in (("a token", plans[0].decode), ("a chunk of the prompt", plans[0].prompt)):
+        for table in tables(plans[0]):
             screen.print()
-            screen.print(parts_table(name, parts, plans[0]))
+            screen.print(table)
     screen.print()
     for line in notes(plans):
         screen.print(output.harmless(line), style="dim")
@@ -42,21 +43,20 @@ def show(plans: Sequence[Plan]) -> None:
 
 def heading(plan: Plan) -> Iterator[str]:
     """The model in two lines."""
-    model = plan.model
-    c = model.config
+    model, c, context = plan.model, plan.model.config, f"a context of {plan.request.context:,} tokens"
     yield (
         f"{model.name}: {model.n_parameters / 1e9:.3g} billion parameters, {model.active_parameters / 1e9:.2g} of them "
         f"for each token; {size(model.file_bytes)} ({model.source})"
     )
-    if c.router is not None:
-        cold = int(model.record_bytes.sum())
-        used = cold * c.router.top_k // c.router.n_expert
-        yield (
-            f"{c.n_layers} layers of {c.router.n_expert} experts, {c.router.top_k} used: {size(cold)} of experts, "
-            f"{size(used)} of them for each token; a context of {plan.request.context:,} tokens"
-        )
-    else:
-        yield f"{c.n_layers} layers, no experts: all of it stays in RAM; a context of {plan.request.context:,} tokens"
+    if c.router is None:
+        yield f"{c.n_layers} layers, no experts: all of it stays in RAM; {context}"
+        return
+    cold = int(model.record_bytes.sum())
+    used = cold * c.router.top_k // c.router.n_expert
+    yield (
+        f"{c.n_layers} layers of {c.router.n_expert} experts, {c.router.top_k} used: {size(cold)} of experts, "
+        f"{size(used)} of them for each token; {context}"
+    )
 
 
 # ---- the first screen ------------------------------------------------------------------------------------------------
@@ -68,19 +68,59 @@ def summary(plans: Sequence[Plan]) -> Table:
     table.add_column("", no_wrap=True)
     for plan in plans:
         table.add_column(plan.board.title, no_wrap=True)
-    for name, cell in _ROWS:
+    for name, cell in _rows(plans):
         cells = [cell(plan) for plan in plans]
         if any(cells):
-            table.add_row(name.format(prompt=f"{plans[0].request.prompt:,}"), *cells)
+            table.add_row(name, *cells)
     return table
+
+
+def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
+    """Names of rows, and what they say of a plan; a kind of flash that some board has gets rows of its own."""
+    kinds = list(dict.fromkeys(speed.flash.name for plan in plans for speed in plan.speeds if plan.hits is not None))
+    yield "edgert runs there", _runs
+    for place, kind in enumerate(kinds or [""]):
+        yield "answer" * (place == 0) + f"{'  from ' + kind if kind else ''}", partial(_speed, kind, place)
+    for place, kind in enumerate(kinds or [""]):
+        name = f"first token of {plans[0].request.prompt:,}" if place == 0 else ""
+        yield f"{name}{'  from ' + kind if kind else ''}", partial(_first, kind, place)
+    yield "what takes the time", _bound
+    yield "memory for edgert", _memory
+    yield "experts in RAM", _experts
+    yield "found there when asked for", _hits
+    yield "break-even (flash as fast)", _even
+    yield "with twice the flash rate", partial(_twice, "twice_flash")
+    yield "with twice the memory", partial(_twice, "twice_memory")
+    yield "all experts in RAM", _whole
+    yield "for the time wanted", _wanted
 
 
 def _runs(plan: Plan) -> str:
     if plan.memory is None:
         return "no: too little memory"
     if plan.board.obstacle:
-        return "no, for planning only (see below)"
+        return "no, for planning only"
     return "" if plan.board.measured else "should; nobody has tried"
+
+
+def _named(plan: Plan, kind: str, place: int) -> Speed | None:
+    """A plan's speed with a kind of flash; without flash the only one."""
+    if plan.hits is None:
+        return plan.speeds[0] if plan.speeds and place == 0 else None
+    return next((speed for speed in plan.speeds if speed.flash.name == kind), None)
+
+
+def _speed(kind: str, place: int, plan: Plan) -> str:
+    one = _named(plan, kind, place)
+    if one is None:
+        return ""
+    at = f", {rate(one.flash.bytes_per_s)}" if plan.hits is not None else ""
+    return f"{span(one.tokens_per_s, figure)} tok/s{at}"
+
+
+def _first(kind: str, place: int, plan: Plan) -> str:
+    one = _named(plan, kind, place)
+    return "" if one is None else span(one.ttft_s, seconds)
 
 
 def _memory(plan: Plan) -> str:
@@ -95,27 +135,7 @@ def _experts(plan: Plan) -> str:
 
 
 def _hits(plan: Plan) -> str:
-    if plan.hits is None:
-        return "" if plan.memory is None or plan.model.config.router is None else "100 %"
-    return f"{plan.hits.usual:.0%}  ({plan.hits.slow:.0%} to {plan.hits.fast:.0%})"
-
-
-def _speed(place: int) -> Callable[[Plan], str]:
-    def cell(plan: Plan) -> str:
-        if place >= len(plan.speeds):
-            return ""
-        one = plan.speeds[place]
-        from_flash = f", {one.flash.name} {rate(one.flash.bytes_per_s)}" if plan.hits is not None else ""
-        return f"{span(one.tokens_per_s, figure)} tok/s{from_flash}"
-
-    return cell
-
-
-def _first(place: int) -> Callable[[Plan], str]:
-    def cell(plan: Plan) -> str:
-        return span(plan.speeds[place].ttft_s, seconds) if place < len(plan.speeds) else ""
-
-    return cell
+    return "" if plan.hits is None else span(plan.hits, "{:.0%}".format)
 
 
 def _bound(plan: Plan) -> str:
@@ -123,21 +143,26 @@ def _bound(plan: Plan) -> str:
         return ""
     one = plan.main
     if plan.hits is None:
-        return f"{one.bound}, {milliseconds(one.arithmetic_s)} a token"
-    return f"{one.bound}: {milliseconds(one.flash_s)} flash + {milliseconds(one.arithmetic_s)} RAM"
+        return f"{_BOUNDS[one.bound]}: {milliseconds(one.arithmetic_s)} a token"
+    return f"{_BOUNDS[one.bound]}: {milliseconds(one.flash_s)} flash, {milliseconds(one.arithmetic_s)} the rest"
+
+
+_BOUNDS = {"flash": "flash", "memory": "RAM", "compute": "arithmetic"}
 
 
 def _even(plan: Plan) -> str:
-    if plan.hits is None or plan.main.break_even is None:
-        return ""
-    return f"{plan.main.break_even:.1%} found in RAM"
+    return "" if plan.hits is None or plan.main.break_even is None else f"{plan.main.break_even:.1%} found in RAM"
+
+
+def _twice(what: str, plan: Plan) -> str:
+    return "" if plan.hits is None else f"{figure(getattr(plan.main, what))} tok/s"
 
 
 def _whole(plan: Plan) -> str:
     if plan.hits is None or not plan.ladder:
         return ""
     memory, _, tokens = plan.ladder[-1]
-    return f"{figure(tokens)} tok/s with {memory / _GIB:.1f} GiB"
+    return f"{figure(tokens)} tok/s, takes {memory / _GIB:.1f} GiB"
 
 
 def _wanted(plan: Plan) -> str:
@@ -149,71 +174,65 @@ def _wanted(plan: Plan) -> str:
     return f"--memory {-(-plan.wanted.bytes // (1 << 20))}MiB{there}"
 
 
-_ROWS: tuple[tuple[str, Callable[[Plan], str]], ...] = (
-    ("edgert runs there", _runs),
-    ("memory for edgert", _memory),
-    ("experts in RAM", _experts),
-    ("found there when asked for", _hits),
-    ("answer", _speed(0)),
-    ("", _speed(1)),
-    ("", _speed(2)),
-    ("first token of {prompt}", _first(0)),
-    ("", _first(1)),
-    ("", _first(2)),
-    ("what takes the time", _bound),
-    ("as much flash as RAM at", _even),
-    ("all experts in RAM", _whole),
-    ("for the time wanted", _wanted),
-)
-
-
 def verdict(plans: Sequence[Plan]) -> Iterator[str]:
     """What follows from the table, in sentences."""
     running = [plan for plan in plans if plan.speeds]
     if len(running) > 1:
         best, *others = sorted(running, key=lambda plan: -plan.main.tokens_per_s.usual)
-        for other in others[:2]:
-            a, b = best.main.tokens_per_s, other.main.tokens_per_s
-            sure = "the ranges do not meet" if a.slow > b.fast else "the ranges overlap"
+        for other in others:
+            a, b = best.main, other.main
+            sure = "sure" if a.tokens_per_s.slow > b.tokens_per_s.fast else "likely, not sure: the ranges overlap"
             yield (
-                f"{best.board.title} answers {a.usual / b.usual:.1f} times as fast as {other.board.title} ({sure}); "
-                f"its first token takes {best.main.ttft_s.usual / other.main.ttft_s.usual:.0%} of the time."
+                f"{best.board.title} answers {a.tokens_per_s.usual / b.tokens_per_s.usual:.1f} times as fast as "
+                f"{other.board.title} ({sure}); first token after {seconds(a.ttft_s.usual)} instead of "
+                f"{seconds(b.ttft_s.usual)}."
             )
     for plan in running:
         yield from _advice(plan)
-        if plan.memory is not None and plan.memory.warning:
-            yield f"{plan.board.title}: {plan.memory.warning}."
+    if any(plan.hits is not None and plan.main.bound == "flash" for plan in plans):
+        if plans[0].model.source.startswith("preset") and "Q3_K_M" not in plans[0].model.source:
+            yield "Fewer bits a weight help too: plan for the same name with :q3_k_m behind it."
     for plan in plans:
         if plan.refusal:
             yield f"{plan.board.title}: {plan.refusal}."
+        elif plan.memory is not None and plan.memory.warning:
+            yield f"{plan.board.title}: {plan.memory.warning}."
         if plan.board.obstacle:
             yield f"{plan.board.title}: {plan.board.obstacle}."
-        if plan.wanted is not None and (plan.wanted.bytes is None or plan.wanted.bytes > plan.board.ram_bytes):
-            yield f"{plan.board.title}: {milliseconds(plan.wanted.tpot_s)} a token: {plan.wanted.reason}."
+        if plan.wanted is not None:
+            yield f"{plan.board.title}, {milliseconds(plan.wanted.tpot_s)} a token: {plan.wanted.reason}."
 
 
 def _advice(plan: Plan) -> Iterator[str]:
-    """What would help most on a board."""
-    if len(plan.speeds) > 1:
-        fast, slow = plan.speeds[0], plan.speeds[-1]
-        times = fast.tokens_per_s.usual / slow.tokens_per_s.usual
-        if times > 1.5:
-            yield f"{plan.board.title}: {fast.flash.name} makes it {times:.0f} times as fast as {slow.flash.name}."
-    if plan.gpu_ttft_s is not None and plan.main.ttft_s.usual > 2 * plan.gpu_ttft_s.usual:
+    """Whether one can read along, and what would help most on a board."""
+    one, name = plan.main, plan.board.title
+    slow, usual, fast = one.tokens_per_s
+    if fast < _READING:
+        yield f"{name}: slower than people read, which is about {_READING:.0f} tokens a second."
+    elif slow < _READING:
+        likely = "likely" if usual >= _READING else "not likely"
+        yield f"{name}: {likely} as fast as people read, about {_READING:.0f} tokens a second."
+    if plan.hits is not None and one.bound == "flash":
+        if one.twice_memory >= one.twice_flash:
+            yield f"{name}: memory helps most: twice as much gives {one.twice_memory / usual:.1f} times the speed."
+        else:
+            yield f"{name}: flash helps most: twice its rate gives {one.twice_flash / usual:.1f} times the speed."
+    if plan.gpu_ttft_s is not None and one.ttft_s.usual > 2 * plan.gpu_ttft_s.usual:
         yield (
-            f"{plan.board.title}: these figures are for its CPU; its GPU could compute that prompt in "
+            f"{name}: these figures are for its CPU; its GPU could compute that prompt in "
             f"{span(plan.gpu_ttft_s, seconds)}, reading experts not counted."
         )
 
 
 def notes(plans: Sequence[Plan]) -> Iterator[str]:
     """Where figures are from."""
+    yield "Each figure: as usual (and the range, from where much goes badly to where all goes well)."
     if any(plan.hits is not None for plan in plans):
         yield f"Found in RAM: {plans[0].hits_source}."
     if any(not plan.board.measured for plan in plans):
         yield (
-            "Figure (slow to fast). Nobody has measured edgert on these boards: rates are from data sheets and others' "
-            "measurements, the ranges allow for that."
+            "Nobody has measured edgert on these boards: their rates are from data sheets and from others' "
+            "measurements, and the ranges allow for it."
         )
     for plan in plans:
         for line in (*plan.board.remarks, *(f"from {source}" for source in plan.board.sources)):
@@ -230,10 +249,27 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def memory_table(plan: Plan) -> Table:
-    """The ledger, and what other sizes would give."""
-    table, found = _table("memory", "MiB"), plan.memory
-    assert found is not None
+def tables(plan: Plan) -> Iterator[Table]:
+    """All of one board."""
+    assert plan.memory is not None
+    yield memory_table(plan.memory)
+    if plan.ladder:
+        yield ladder_table(plan)
+    yield parts_table("a token", plan.decode, plan)
+    yield parts_table("a chunk of the prompt", plan.prompt, plan)
+
+
+def ladder_table(plan: Plan) -> Table:
+    """What other sizes of memory would give."""
+    table = _table("--memory", "experts in RAM", "answer")
+    for memory, residency, tokens in plan.ladder:
+        table.add_row(f"{-(-memory // (1 << 20)):,} MiB", f"{residency:.0%}", f"{figure(tokens)} tok/s")
+    return table
+
+
+def memory_table(found: MemoryPlan) -> Table:
+    """The ledger."""
+    table = _table("memory", "MiB")
     kinds = {
         "process": found.process,
         "tokenizer": found.tokenizer,
@@ -330,3 +366,40 @@ def rate(value: float) -> str:
 def size(n_bytes: float) -> str:
     """In binary units."""
     return output.binary_size(n_bytes)
+
+
+# ---- beside what was measured ----------------------------------------------------------------------------------------
+def show_compared(rows: Sequence[Compared]) -> None:
+    """Forecasts beside measurements, and what to make of them."""
+    screen = output.console()
+    screen.width = max(screen.width, 120)
+    table = _table("forecast against measurement", "in RAM", "forecast", "range", "measured", "left alone", "off by")
+    for row in rows:
+        low, high = sorted((row.forecast.slow, row.forecast.fast))
+        table.add_row(
+            row.what,
+            f"{row.residency:.0%}",
+            f"{row.forecast.usual:.3g}",
+            f"{low:.3g} to {high:.3g}",
+            f"{row.measured:.3g}",
+            f"{row.alone:.3g}" if row.disturbed else "",
+            f"{row.off:+.0%}" if row.tells else "?",
+        )
+    screen.print()
+    screen.print(table)
+    screen.print()
+    for line in compared_words(rows):
+        screen.print(line)
+
+
+def compared_words(rows: Sequence[Compared]) -> Iterator[str]:
+    """A sentence on the forecasts, and one on what else ran."""
+    telling = [row for row in rows if row.tells]
+    good = [row for row in telling if row.within]
+    if telling:
+        yield f"{len(good)} of {len(telling)} forecasts within 25 % of what was measured."
+    if any(row.disturbed for row in rows):
+        yield (
+            "Other programs took the processors for part of the time: 'left alone' is what the run would have been "
+            "without, as the system counts it; ? where they took more than half. Measure again when nothing else runs."
+        )
