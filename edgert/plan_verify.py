@@ -7,7 +7,9 @@ of tensors; for the half, hits are those of the routes that the first run took, 
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 from edgert.bench_experts import flash_rate_of
 from edgert.bench_runner import Runner, Test
 from edgert.boards import Flash, Unit
-from edgert.errors import OptionError
+from edgert.errors import MemoryLimitError, OptionError
 from edgert.experts.trace import Trace
 from edgert.loading import Parts, load_parts
 from edgert.memory import MemoryPlan
@@ -39,24 +41,25 @@ _DISTURBED = 0.1  # of a run, for which its threads waited for processors
 class Compared:
     """One figure, forecast and measured by the clock; `what` with its unit.
 
-    alone: what it would have been, had other programs not taken the processors, as far as the system tells.
+    alone: what it would have been, had other programs not taken the processors, as far as the system tells; None for
+    what does not depend on that.
     """
 
     what: str
     residency: float
     forecast: Range
     measured: float
-    alone: float
+    alone: float | None = None
 
     @property
     def disturbed(self) -> bool:
         """Whether other programs took so much that the clock does not tell what the machine does."""
-        return abs(self.measured / self.alone - 1) > _DISTURBED
+        return self.alone is not None and abs(self.measured / self.alone - 1) > _DISTURBED
 
     @property
     def tells(self) -> bool:
         """Whether the comparison means anything: most of the time was the run's own."""
-        return 0.5 < self.measured / self.alone < 2.0
+        return self.alone is None or 0.5 < self.measured / self.alone < 2.0
 
     @property
     def within(self) -> bool:
@@ -66,7 +69,8 @@ class Compared:
     @property
     def off(self) -> float:
         """By which the forecast is too high, as a share of what was measured; undisturbed, where it was."""
-        return self.forecast.usual / (self.alone if self.disturbed else self.measured) - 1
+        measured = self.alone if self.alone is not None and self.disturbed else self.measured
+        return self.forecast.usual / max(measured, 1e-9) - 1
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -89,17 +93,28 @@ def verify(model: PlanModel, request: Request, progress: Progress, threads: int 
     """Run the model and compare. OptionError for a model that is on paper."""
     if model.path is None or model.path.suffix == ".json":
         raise OptionError(f"--verify runs the model, but {model.source} holds no weights: name a whole model")
-    hits, found = usual_hits(model.name), list[Compared]()
-    request = replace(request, context=max(request.context, request.prompt + 2 * _WARM + _RUNS * _TOKENS))
+    hits, found, request = usual_hits(model.name), list[Compared](), _fitting(request, model)
     for residency in RESIDENCIES if model.config.router else RESIDENCIES[:1]:
         progress("measuring this machine", 0.0)
         before, _ = measured_unit(token_bytes(model), threads)
-        seen, memory = _run(model, residency, request, threads, progress)
+        try:
+            seen, memory = _run(model, residency, request, threads, progress)
+        except MemoryLimitError:
+            if residency == 1 and model.config.router:
+                continue  # too large for this machine: the half may do
+            raise
         after, _ = measured_unit(token_bytes(model), threads)
         if seen.trace is not None:
             hits = replayed_hits(seen.trace, "routes of the run with all experts in RAM", _WARM)
         found += _compare(model, residency, request, (_mean(before, after), seen, memory), hits)
     return found
+
+
+def _fitting(request: Request, model: PlanModel) -> Request:
+    """With a context for all that is run, and a prompt that leaves room for it."""
+    others = 2 * _WARM + _RUNS * _TOKENS
+    prompt = max(1, min(request.prompt, model.config.n_context - others))
+    return replace(request, prompt=prompt, context=max(request.context, min(prompt + others, model.config.n_context)))
 
 
 def _compare(
@@ -116,7 +131,7 @@ def _compare(
     ]
     if seen.hit_rate is not None:
         rates = planner.rates(memory.residency)
-        found.append(Compared("found in RAM", residency, rates, seen.hit_rate, seen.hit_rate))
+        found.append(Compared("found in RAM", residency, rates, seen.hit_rate))
     return found
 
 
@@ -124,17 +139,19 @@ def _run(
     model: PlanModel, residency: float, request: Request, threads: int | None, progress: Progress
 ) -> tuple[_Seen, MemoryPlan]:
     """Load the model, run prompts and random tokens, and close it."""
-    options = {"policy": "auto", "prefetch": "auto", "device": "auto", "kv_type": request.kv_type}
     parts = load_parts(
         model.path,
         memory=None,
         residency=residency if model.config.router else None,
+        policy="auto",
+        prefetch="auto",
         trace=None,
         context=request.context,
         threads=threads,
+        device="auto",
+        kv_type=request.kv_type,
         activations="int8",
         progress=progress,
-        **options,
     )
     with contextlib.closing(parts):
         progress(f"running with {residency:.0%} of the experts in RAM", 0.5)
@@ -177,19 +194,21 @@ def _usual(seconds: Sequence[float], waited: Sequence[float]) -> tuple[float, fl
 def _timed(runner: Runner, test: Test, n_runs: int = _RUNS) -> tuple[list[float], list[float]]:
     """Seconds of runs by the clock, and of those the seconds for which threads waited for a processor."""
     seconds, waited = list[float](), list[float]()
+    workers = [one.native_id for one in threading.enumerate() if re.fullmatch("edgert-[0-9]+", one.name)]
+    computing = [threading.get_native_id(), *(number for number in workers if number is not None)]
     for _ in range(n_runs):
-        before = waited_s()
+        before = waited_s(computing)
         seconds.append(runner.run(test).seconds)
-        waited.append(waited_s() - before)
+        waited.append(waited_s(computing) - before)
     return seconds, waited
 
 
-def waited_s(tasks: Path = Path("/proc/self/task")) -> float:
-    """Seconds that this process's threads were ready to run and another had the processor; 0 where nobody counts."""
+def waited_s(threads: Sequence[int], tasks: Path = Path("/proc/self/task")) -> float:
+    """Seconds that threads were ready to run while others had the processors; 0 where nobody counts (proc(5))."""
     total = 0
-    for task in tasks.glob("[0-9]*"):
+    for number in threads:
         with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that has ended
-            total += int((task / "schedstat").read_text().split()[1])
+            total += int((tasks / str(number) / "schedstat").read_text().split()[1])
     return total / 1e9
 
 

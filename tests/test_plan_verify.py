@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from models import golden_path
 from typer.testing import CliRunner
 
 from edgert.cli.app import app
-from edgert.cli.plan_tables import compared_words
+from edgert.cli.plan_compared import words
 from edgert.plan import Range, Request
 from edgert.plan_machine import measured_unit
 from edgert.plan_model import open_plan_model
@@ -32,9 +33,8 @@ def test_waiting_for_processors_is_added_up(tmp_path: Path) -> None:
         (tmp_path / task).mkdir()
         (tmp_path / task / "schedstat").write_text(text)
     (tmp_path / "4").mkdir()
-    assert waited_s(tmp_path) == 2.5
-    assert waited_s(tmp_path / "absent") == 0.0
-    assert waited_s() >= 0.0
+    assert waited_s([1, 2, 3, 4, 5], tmp_path) == 2.5
+    assert waited_s([threading.get_native_id()]) >= 0.0
 
 
 def test_a_run_that_others_disturbed_is_compared_with_what_it_would_have_been() -> None:
@@ -45,9 +45,11 @@ def test_a_run_that_others_disturbed_is_compared_with_what_it_would_have_been() 
     assert busy.disturbed and busy.tells and busy.off == pytest.approx(1 / 9)
     lost = Compared("tokens a second", 1.0, forecast, 1.0, 9.0)
     assert not lost.tells
-    words = " ".join(compared_words([quiet, busy, lost]))
-    assert "2 of 2 forecasts" in words and "left alone" in words
-    assert "left alone" not in " ".join(compared_words([quiet]))
+    hits = Compared("found in RAM", 0.5, Range(0.4, 0.5, 0.6), 0.0)
+    assert hits.tells and not hits.disturbed and not hits.within
+    said = " ".join(words([quiet, busy, lost]))
+    assert "2 of 2 forecasts" in said and "left alone" in said
+    assert "left alone" not in " ".join(words([quiet]))
 
 
 def test_forecast_and_measurement_of_a_tiny_model_as_json() -> None:

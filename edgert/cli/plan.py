@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgert.cli import output, plan_tables
+from edgert.cli import output, plan_compared, plan_tables
 from edgert.cli.options import Chosen, Json, command
 from edgert.errors import MemoryLimitError, OptionError
 
@@ -127,7 +127,7 @@ def plan(
         return
     plan_tables.show(plans)
     if compared:
-        plan_tables.show_compared(compared)
+        plan_compared.show(compared)
 
 
 def make_plans(

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from edgert.memory import MemoryPlan
     from edgert.plan import Plan, Range, Speed
     from edgert.plan_parts import Part
-    from edgert.plan_verify import Compared
 
 _GIB = 1 << 30
 _READING = 5.0  # tokens a second: 230 words a minute, at four tokens for three words
@@ -240,7 +239,7 @@ def notes(plans: Sequence[Plan]) -> Iterator[str]:
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
     from rich.table import Table
 
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -261,7 +260,7 @@ def tables(plan: Plan) -> Iterator[Table]:
 
 def ladder_table(plan: Plan) -> Table:
     """What other sizes of memory would give."""
-    table = _table("--memory", "experts in RAM", "answer")
+    table = plain_table("--memory", "experts in RAM", "answer")
     for memory, residency, tokens in plan.ladder:
         table.add_row(f"{-(-memory // (1 << 20)):,} MiB", f"{residency:.0%}", f"{figure(tokens)} tok/s")
     return table
@@ -269,7 +268,7 @@ def ladder_table(plan: Plan) -> Table:
 
 def memory_table(found: MemoryPlan) -> Table:
     """The ledger."""
-    table = _table("memory", "MiB")
+    table = plain_table("memory", "MiB")
     kinds = {
         "process": found.process,
         "tokenizer": found.tokenizer,
@@ -290,7 +289,9 @@ def memory_table(found: MemoryPlan) -> Table:
 def parts_table(name: str, parts: Sequence[Part], plan: Plan) -> Table:
     """Operations, bytes and bounds."""
     unit = plan.board.main
-    table = _table(f"parts of {name}", "times", "operations", "bytes", "op/byte", "op/s at most", "bound", "at most")
+    table = plain_table(
+        f"parts of {name}", "times", "operations", "bytes", "op/byte", "op/s at most", "bound", "at most"
+    )
     for part in parts:
         intensity = "" if math.isinf(part.intensity) else f"{part.intensity:,.4g}"
         bound = "" if math.isinf(part.intensity) else part.bound(unit)
@@ -366,40 +367,3 @@ def rate(value: float) -> str:
 def size(n_bytes: float) -> str:
     """In binary units."""
     return output.binary_size(n_bytes)
-
-
-# ---- beside what was measured ----------------------------------------------------------------------------------------
-def show_compared(rows: Sequence[Compared]) -> None:
-    """Forecasts beside measurements, and what to make of them."""
-    screen = output.console()
-    screen.width = max(screen.width, 120)
-    table = _table("forecast against measurement", "in RAM", "forecast", "range", "measured", "left alone", "off by")
-    for row in rows:
-        low, high = sorted((row.forecast.slow, row.forecast.fast))
-        table.add_row(
-            row.what,
-            f"{row.residency:.0%}",
-            f"{row.forecast.usual:.3g}",
-            f"{low:.3g} to {high:.3g}",
-            f"{row.measured:.3g}",
-            f"{row.alone:.3g}" if row.disturbed else "",
-            f"{row.off:+.0%}" if row.tells else "?",
-        )
-    screen.print()
-    screen.print(table)
-    screen.print()
-    for line in compared_words(rows):
-        screen.print(line)
-
-
-def compared_words(rows: Sequence[Compared]) -> Iterator[str]:
-    """A sentence on the forecasts, and one on what else ran."""
-    telling = [row for row in rows if row.tells]
-    good = [row for row in telling if row.within]
-    if telling:
-        yield f"{len(good)} of {len(telling)} forecasts within 25 % of what was measured."
-    if any(row.disturbed for row in rows):
-        yield (
-            "Other programs took the processors for part of the time: 'left alone' is what the run would have been "
-            "without, as the system counts it; ? where they took more than half. Measure again when nothing else runs."
-        )
