@@ -200,8 +200,8 @@ class Planner:
         """Of the prompt's arithmetic alone on another unit, in 16-bit floats."""
         parts = step_parts(self.model.weights, self.request.prompt, self.request.prompt, Numbers(2.0, 2.0, nodes=True))
         halves = replace(unit, int8_per_s=None)
-        seconds = [sum(part.seconds(halves, share, 0.6) for part in parts) for share in (0.1, 0.25, 0.5)]
-        return Range(*seconds)
+        shares = ((0.1, 0.4), (0.25, 0.6), (0.5, 0.8))  # of operations and of bytes: of what nobody has run, guesses
+        return Range(*(sum(part.seconds(halves, *both) for part in parts) for both in shares))
 
     # ---- all of it ---------------------------------------------------------------------------------------------------
     def rates(self, residency: float) -> Range:

@@ -86,8 +86,9 @@ def open_plan_model(name: str | None, profile: Path | None = None) -> PlanModel:
     if plain is not None and path is not None and plain != EMBEDDED and not path.exists():
         if plain.lower() in PRESETS or not path.suffix.lower() == ".gguf":
             return _preset(plain, quantisation, profile)
-    if path is not None and quantisation is not None and is_huggingface_folder(path):
-        path = path / "config.json"
+    if path is not None and is_huggingface_folder(path):
+        if quantisation is not None or not any(path.glob("*.safetensors")):
+            path = path / "config.json"
     if path is not None and path.suffix == ".json":
         where = path.parent.name or path.name
         return _on_paper(read_json(path), quantisation, where, path, profile)

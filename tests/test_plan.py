@@ -132,8 +132,9 @@ def test_what_is_not_a_plan_still_wants_the_whole_file(header: Path) -> None:
 def test_a_config_json_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["olmoe-1b-7b"]))
     preset = open_plan_model("olmoe-1b-7b:q8_0")
-    for name in (f"{tmp_path}/config.json:q8_0",):
+    for name in (f"{tmp_path}/config.json:q8_0", f"{tmp_path}:q8_0"):
         assert open_plan_model(name).file_bytes == preset.file_bytes
+    assert open_plan_model(str(tmp_path)).file_bytes == open_plan_model("olmoe-1b-7b").file_bytes
 
 
 @pytest.mark.parametrize(

@@ -234,8 +234,8 @@ def notes(plans: Sequence[Plan]) -> Iterator[str]:
             "measurements, and the ranges allow for it."
         )
     for plan in plans:
-        for line in (*plan.board.remarks, *(f"from {source}" for source in plan.board.sources)):
-            yield f"{plan.board.title}: {line}"
+        said = "; ".join(plan.board.remarks)
+        yield f"{plan.board.title}: {said + '; ' if said else ''}from {'; '.join(plan.board.sources)}."
 
 
 # ---- what it is made of ----------------------------------------------------------------------------------------------
