@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from models import golden_path
 from typer.testing import CliRunner
 
-from edgert.boards import BOARDS, board_named
+from edgert.boards import BOARDS, Flash, Unit, board_named
 from edgert.cli.app import app
 from edgert.errors import ModelFileError, OptionError
 from edgert.loading import resolve
 from edgert.memory import Budget
 from edgert.plan import Plan, Planner, Request, make_plan, usable
 from edgert.plan_hits import DIALOGUE, EVEN, Hits, along, replayed_hits, usual_hits
+from edgert.plan_machine import board_of
 from edgert.plan_model import PlanModel, open_plan_model
 from edgert.plan_parts import Numbers, even_distinct, step_parts
 from edgert.presets import PRESETS
@@ -368,3 +370,36 @@ def test_a_model_is_planned_from_its_tables_alone() -> None:
     assert isinstance(model, PlanModel)
     with pytest.raises(ModelFileError, match="on paper"):
         model.weights.embed([1])
+
+
+# ---- beside what was measured elsewhere than here --------------------------------------------------------------------
+# On two quiet cores of an AVX-512 VNNI server, each with the rates that the machine had in the same run: bytes read and
+# int8 operations a second, flash, the share of the experts in RAM and found there; what `edgert bench` then measured.
+MEASURED = [
+    ("olmoe-1b-7b:q4_0", 27e9, 1151e9, None, 1.0, 1.0, "answer", 30.6),
+    ("olmoe-1b-7b:q4_0", 32e9, 1516e9, None, 1.0, 1.0, "answer", 34.8),
+    ("olmoe-1b-7b:q4_0", 27e9, 1151e9, None, 1.0, 1.0, "prompt", 172.0),
+    ("olmoe-1b-7b:q4_0", 28e9, 1151e9, 1.75e9, 0.52, 0.51, "answer", 6.1),
+    ("olmoe-1b-7b:q4_0", 28e9, 1151e9, 1.75e9, 0.30, 0.30, "answer", 5.3),
+    (None, 45e9, 1151e9, None, 1.0, 1.0, "answer", 351.0),
+    (None, 45e9, 1151e9, None, 1.0, 1.0, "prompt", 1643.0),
+    (None, 25e9, 1100e9, 1.22e9, 0.5, 0.88, "answer", 138.5),
+    (None, 25e9, 1100e9, 1.53e9, 0.25, 0.68, "answer", 85.7),
+    (None, 25e9, 1100e9, 1.43e9, 0.125, 0.47, "answer", 64.0),
+]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row[0] or 'embedded'} {row[4]:.0%} {row[6]}")
+def test_what_was_measured_on_a_quiet_server_is_forecast_within_a_quarter(row: tuple[Any, ...]) -> None:
+    name, read, int8, flash_rate, residency, rate, kind, measured = row
+    flash, model = Flash("in the same run", flash_rate or 1e9, 0.0), open_plan_model(name)
+    curve = {1e-6: rate, 1 - 1e-6: rate}
+    board = board_of(Unit("CPU", int8, int8 / 4, read, 2), flash)
+    request = Request(1024, 512 if kind == "prompt" else 64)
+    planner = Planner(model, board, request, Hits(curve, curve, curve, "measured"))
+    slots = int(residency * planner.needs.cold) if residency < 1 else 0
+    speed = planner.speed(planner.needs.plan(max(planner.needs.work), slots), flash)
+    found = speed.tokens_per_s.usual if kind == "answer" else request.prompt / speed.ttft_s.usual
+    assert found == pytest.approx(measured, rel=0.25)
+    if kind == "answer":
+        assert speed.tokens_per_s.slow <= measured <= speed.tokens_per_s.fast
