@@ -12,12 +12,13 @@ import platform
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 
-from edgert import file_pages, machine
+from edgert import file_pages, machine, vitals
 from edgert.bench_experts import Routed, Streaming, flash_rate_of
 from edgert.bench_runner import SEED, Run, Runner, Test
 from edgert.errors import OptionError
@@ -27,6 +28,7 @@ from edgert.memory import available
 from edgert.needs import record_bytes
 from edgert.quant import isa, jit
 from edgert.traffic import Traffic
+from edgert.vitals import Vitals, Watch
 from edgert.weights import Progress
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ class Result:
     reads: tuple[float, ...] = ()  # bytes a second that the machine read, before each run
     experts: Streaming | None = None  # where experts are on flash
     routed: Routed | None = None  # where that was asked for
+    vitals: tuple[Vitals, ...] = ()  # what the board did during each run
+    capped: str = ""  # what held threads back at the end, with power="cool"
 
     @property
     def seconds(self) -> float:
@@ -101,6 +105,7 @@ class Result:
             "float_gop_per_s": traffic.float_operations / self.seconds / 1e9,
             "phases_s_per_token": self.phases_s,
             "experts": self._experts(),
+            "board": {**vitals.as_json(self.vitals, self.test.n_tokens, self.runs_s), "capped": self.capped},
             "runs_s": list(self.runs_s),
         }
 
@@ -172,20 +177,22 @@ def measure(
     runner = Runner(parts, lambda: progress(stage, done), warm=warm, keep_routes=steady)
     ceiling = None if steady else _ceiling(parts, limit, 0.0, tell)
     reader = _reader(parts, ceiling)
-    flash = flash_rate_of(parts.engine.residency)
+    flash, watch = flash_rate_of(parts.engine.residency), Watch()
     results = []
     for index, test in enumerate(tests):
         at = index / len(tests)
         tell(f"{test.name}: warming up", at)
         runner.prepare(test)
-        runs, reads, rates = [], [], []
+        runs, reads, rates, seen = [], [], [], []
         for repetition in range(repetitions):
             tell(f"{test.name}: {repetition + 1} of {repetitions}", at + repetition / repetitions / len(tests))
             if reader is not None:
                 reads.append(max(reader.passes(2)))
             if flash is not None:
                 rates.append(flash.measure())
-            runs.append(runner.run(test))
+            run, board = watch.over(partial(runner.run, test))
+            runs.append(run)
+            seen.append(board)
         if flash is not None:
             rates.append(flash.measure())
         tell(f"{test.name}: phases", at)
@@ -198,13 +205,15 @@ def measure(
                 tuple(reads),
                 _streaming(parts, test, runs, rates),
                 _routed(parts, runner),
+                tuple(seen),
+                parts.cooler.state if parts.cooler is not None else "",
             )
         )
     del reader
     if ceiling is not None and (again := _ceiling(parts, limit, 1.0, tell)) is not None:
         ceiling += again
     parts.session.tokens.clear()
-    return Report(tuple(results), ceiling, _subject(parts, repetitions))
+    return Report(tuple(results), ceiling, _subject(parts, repetitions, watch))
 
 
 def _streaming(parts: Parts, test: Test, runs: Sequence[Run], flash: Sequence[float]) -> Streaming | None:
@@ -253,6 +262,8 @@ def _pool(parts: Parts) -> ThreadPool | None:
         return None
     from edgert.devices.cpu import CpuDevice
 
+    if parts.cooler is not None:  # all of them, also while the board is hot
+        return parts.cooler.pool
     return parts.engine.device.pool if isinstance(parts.engine.device, CpuDevice) else None
 
 
@@ -287,7 +298,7 @@ def _reader(parts: Parts, ceiling: Ceiling | None) -> Reader | None:
     return roofline.Reader(pool, ceiling.n_bytes)
 
 
-def _subject(parts: Parts, repetitions: int) -> dict[str, Any]:
+def _subject(parts: Parts, repetitions: int, watch: Watch) -> dict[str, Any]:
     """What was measured, where and how."""
     pool, config = _pool(parts), parts.engine.config
     return {
@@ -304,9 +315,12 @@ def _subject(parts: Parts, repetitions: int) -> dict[str, Any]:
             "cpu": machine.cpu_name(),
             "threads": pool.n_threads if pool else 1,
             "instructions": isa.choose().name if pool else None,
+            "power": watch.source.covers or None,
+            "power_problem": watch.source.problem or None,
         },
         "settings": {
             "device": parts.engine.device.name,
+            "power": "full" if parts.cooler is None else "cool",
             "context": parts.session.cache.n_context,
             "kv_type": parts.memory.kv_type,
             "repetitions": repetitions,

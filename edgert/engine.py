@@ -14,6 +14,7 @@ from edgert.experts.residency import Residency
 from edgert.types import Floats, ModelConfig
 
 Trace = Callable[[Device], None]  # called after each step: the device still knows what each layer chose
+Pace = Callable[[], None]  # called before each step
 Observer = Callable[[int], None]  # called in each layer that has experts when they have run: the device knows all rows
 
 
@@ -53,10 +54,13 @@ class Engine:
         self.config, self.device, self.residency, self.embed = config, device, residency, embed
         self.trace: Trace | None = None
         self.observe: Observer | None = None
+        self.pace: Pace | None = None
         self.every_layer = False  # run the experts of each layer in calls of their own, to measure or to test
 
     def step(self, tokens: list[int], session: Session) -> None:
         """Run a chunk of tokens through all layers; their keys and values join the session's."""
+        if self.pace:
+            self.pace()
         start, layer, n_layers = len(session.tokens), 0, self.config.n_layers
         self.residency.begin(len(tokens))
         self.device.begin(self.embed(tokens))  # (n_tokens, d_model)

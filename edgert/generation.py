@@ -60,6 +60,7 @@ class Usage(ExpertCounts):
     ttft_s: float = 0.0  # from the request to the first token
     tpot_s: float = 0.0  # mean of the tokens after the first, without the time the reader took
     prefetch: str = ""  # whether experts are read ahead by now, and why; empty where nothing could be
+    power: str = ""  # how many threads a hot board has left, and why; empty where it has all
 
     @property
     def tokens_per_s(self) -> float:

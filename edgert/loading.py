@@ -17,6 +17,7 @@ import numpy as np
 from edgert import file_pages, streaming
 from edgert.architectures import read_config
 from edgert.chat_template import ChatTemplate
+from edgert.cooling import MODES, Cooler, check_power, cooler_for
 from edgert.devices.base import Device
 from edgert.engine import Engine, Session
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
@@ -66,10 +67,12 @@ class Parts:
         weights: Weights,
         memory: MemoryPlan,
         held: ExitStack,
+        cooler: Cooler | None = None,
     ) -> None:
         self.name, self.path, self.file, self.weights, self.memory = name, path, file, weights, memory
         self.engine, self.session, self.tokenizer = engine, session, tokenizer
         self.template, self.defaults = template, defaults
+        self.cooler = cooler  # None: never fewer threads
         self._close = weakref.finalize(self, _close, held, os.getpid())
         self._close.atexit = False  # a daemon thread may still compute then; the process gives all back
 
@@ -108,10 +111,12 @@ def load_parts(
     activations: str,
     progress: Progress,
     reserved: int = 0,
+    power: str = MODES[0],
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
     path, make_device = resolve(path_or_name), _device(device)
     streaming.check_options(policy, prefetch)
+    check_power(power)
     share = None if residency is None else parse_share(residency)
     budget = budget_for(memory, reserved)
     progress("reading the header", 0.0)
@@ -136,6 +141,9 @@ def load_parts(
             chunk=plan.chunk,
         )
         held.callback(made.close)
+        cooler = cooler_for(made, power)
+        if cooler is not None:
+            held.callback(cooler.close)
         _compile(_kernels(made, weights, kv_type, activations), progress)
         if config.router is not None and (plan.slots or not predictors.is_compiled()):
             predictors.prepare()
@@ -154,6 +162,7 @@ def load_parts(
         else:
             experts = AllResident(made, weights.load_into(made, progress))
         engine = Engine(config, made, experts, weights.embed)
+        engine.pace = cooler.look if cooler is not None else None
         if trace is not None:
             streaming.record_routes(engine, weights, Path(trace), held)
         file_pages.release(dropping=budget.strict)
@@ -170,6 +179,7 @@ def load_parts(
             weights,
             plan,
             held.pop_all(),
+            cooler,
         )
 
 

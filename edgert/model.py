@@ -52,6 +52,7 @@ def load(
     activations: str = "int8",
     progress: Progress | None = None,
     reserved: int = 0,
+    power: str = "full",
 ) -> Model:
     """Load a model: a GGUF file, a bundle (.edge), a Hugging Face folder; None loads the embedded one.
 
@@ -64,7 +65,8 @@ def load(
     replay` reads it. context: positions, by default the model's own up to 4096. threads: by default the physical cores
     that the process may use. device: "auto", "cpu" or "reference". kv_type: "f16", "f32", or "int8", which is lossy.
     activations: "int8", or "f32" to verify. progress(stage, fraction) is called while loading. reserved: bytes of
-    `memory` that the caller itself will take. Raises EdgertError.
+    `memory` that the caller itself will take. power: "cool" takes threads away while the board is hot, with the same
+    answers; "full" never does. Raises EdgertError.
     """
     return Model(
         load_parts(
@@ -81,6 +83,7 @@ def load(
             activations=activations,
             progress=progress or silent,
             reserved=reserved,
+            power=power,
         )
     )
 
@@ -296,6 +299,7 @@ class Model:
             history.append(token)
             usage.take(engine.residency.counts - before)
             usage.prefetch = prefetch_state(engine.residency)
+            usage.power = parts.cooler.state if parts.cooler is not None else ""
             yield token, None if request.n_logprobs is None else TokenLogprob.of(logits, token, request.n_logprobs)
             if not session.room:
                 return

@@ -21,6 +21,7 @@ from edgert.traffic import ModelTraffic, Traffic
 
 TESTS = bench.tests_of([20, 3], [4], [0, 7])
 KEYS = {
+    "board",
     "test",
     "kind",
     "n_tokens",

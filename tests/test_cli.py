@@ -97,7 +97,7 @@ def test_help_tells_the_runtime_defaults_of_load(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     text = run("chat", "--help")[1]
     defaults = {name: p.default for name, p in signature(load).parameters.items() if isinstance(p.default, str)}
-    assert set(defaults) == {"kv_type", "activations", "device", "policy", "prefetch"}
+    assert set(defaults) == {"kv_type", "activations", "device", "policy", "prefetch", "power"}
     for name, default in [*defaults.items(), ("context", f"at most {DEFAULT_CONTEXT},")]:
         (line,) = (line for line in text.splitlines() if "--" + name.replace("_", "-") in line)
         assert f"{default} if not set" in line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgert.cli import output
@@ -36,6 +36,10 @@ def show(document: dict[str, Any]) -> None:
         screen.print()
         for line in _notes(document["curve"]):
             screen.print(line)
+        for row in document["curve"]:
+            tests = [{**test, "test": f"{_share(row)} {test['test']}"} for test in row.get("tests", [])]
+            for line in _board(tests, document["settings"]["repetitions"], document["machine"]["power"]):
+                screen.print(output.harmless(line))
         return
     table = _table(_COLUMNS)
     for test in document["tests"]:
@@ -48,6 +52,8 @@ def show(document: dict[str, Any]) -> None:
     for test in document["tests"]:
         if test["experts"] is not None:
             screen.print(f"{test['test']}: {_experts(test['experts'])}")
+    for line in _board(document["tests"], document["settings"]["repetitions"], document["machine"]["power"]):
+        screen.print(output.harmless(line))
 
 
 def _table(columns: tuple[str, ...]) -> Table:
@@ -67,6 +73,8 @@ def _heading(document: dict[str, Any]) -> Iterator[str]:
     size, runs = output.binary_size(model["file_bytes"]), document["settings"]["repetitions"]
     yield output.harmless(f"{model['name']}, {size}; medians of {runs} runs")
     yield output.harmless(f"{machine['cpu']}, {threads}, {machine['instructions'] or 'nothing compiled'}")
+    if "sudo" in (machine["power_problem"] or ""):
+        yield f"no energy: {machine['power_problem']}"
     if ceiling is None:
         return
     parts = [f"{ceiling['int8_gop_per_s']:,.0f} G int8 operations/s"]
@@ -104,6 +112,22 @@ def _phases(phases: dict[str, float]) -> str:
     whole = sum(phases.values())
     parts = sorted(phases.items(), key=lambda phase: -phase[1])
     return ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts if seconds >= 0.005 * whole)
+
+
+def _board(tests: Sequence[dict[str, Any]], n_runs: int, covers: str | None) -> Iterator[str]:
+    """What the board did meanwhile: energy, where it tells, heat that slowed it down, and threads that it cost."""
+    for test in tests:
+        board = test["board"]
+        if board["tokens_per_joule"] is not None:
+            yield f"{test['test']}: {board['tokens_per_joule']:.3g} tokens a joule, {board['watts']:.1f} W ({covers})"
+    for test in tests:
+        board = test["board"]
+        if board["throttled"]:
+            hot = f" at {board['celsius']:.0f} °C" if board["celsius"] is not None else ""
+            runs, why = f"{board['throttled_runs']} of {n_runs} runs{hot}", ", ".join(board["throttled"])
+            yield f"{test['test']}: the board slowed itself down in {runs}: {why}"
+        if board["capped"]:
+            yield f"{test['test']}: kept cool in the end with {board['capped']}"
 
 
 # ---- experts on flash ------------------------------------------------------------------------------------------------

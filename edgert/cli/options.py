@@ -68,6 +68,11 @@ _RUNTIME: dict[str, Row] = {
     "trace": (str, "FILE", "Write the routes of the last tokens to a file, for `edgert replay`."),
     "kv_type": (str, "f16|f32|int8", "Precision of the attention cache; f16 if not set, int8 is lossy."),
     "activations": (str, "int8|f32", "Precision of activations, f32 to verify; int8 if not set."),
+    "power": (
+        str,
+        "full|cool",
+        "cool takes threads away while the board is hot, answers stay the same; full if not set.",
+    ),
     "device": (str, "NAME", "Where to compute; auto if not set."),
 }
 

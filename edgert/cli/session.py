@@ -185,3 +185,5 @@ def stats(usage: Usage) -> Iterator[str]:
         yield f"reading ahead: {usage.prefetch}"
     if any(ahead.values()):
         yield "read ahead: " + ", ".join(f"{output.binary_size(size)} {name}" for name, size in ahead.items())
+    if usage.power:
+        yield f"kept cool: {usage.power}"
