@@ -79,7 +79,7 @@ def cached_bundle(source: Path, progress: Progress) -> Path:
 def cached_models() -> list[CachedModel]:
     """All that is in the cache, what was used last first."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in cache_folder().iterdir():
             with contextlib.suppress(OSError):  # removed meanwhile
                 found.append(_described(path))

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from edgert import machine, memory
+from edgert import machine
 from edgert.cache import cache_folder, cached_models
 from edgert.devices import cores
+from edgert.doctor_board import board_findings
+from edgert.doctor_memory import gib, memory_findings
 from edgert.errors import ModelFileError, OptionError
-from edgert.quant import isa
+from edgert.findings import Finding
+from edgert.quant import isa, jit
 from edgert.storage.bundle import MANIFEST, Bundle
+from edgert.storage.flash_class import flash_class
 from edgert.storage.flash_probe import LEAST_RECORDS, TEMPORARY_BYTES, FlashProbe, probe, temporary_file
 from edgert.storage.flash_settings import (
     FlashSettings,
@@ -34,20 +38,11 @@ from edgert.storage.gguf_file import GgufFile
 
 # What is measured where the path names no model: one expert of a 7-billion-parameter model in 4 bits.
 RECORD_BYTES = 3456 << 10
+_SLOW = 0.5e9  # bytes a second, below which most of an answer's time is waiting
+_LITTLE = 4 << 30  # bytes free
 _LARGE = 64 << 20  # a smaller file is not measured: drives keep that much in their own memory
 
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    area: str  # "processor", "memory", "software" or "flash"
-    name: str
-    value: str
-    reason: str = ""  # why it is so, or what it means
-    remedy: str = ""  # what to do about it; empty where nothing is in the way
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,11 @@ class Report:
     flash: FlashProbe
     settings: FlashSettings
     kept_in: str  # the file, or why the settings could not be kept
+
+    @property
+    def stops(self) -> bool:
+        """Whether something keeps models from running here."""
+        return any(finding.stops for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         """As one JSON document; rates in bytes a second."""
@@ -72,7 +72,8 @@ class Report:
             for one in self.flash.candidates
         ]
         return {
-            "findings": [asdict(finding) for finding in self.findings],
+            "healthy": not self.stops,
+            "findings": [finding.as_dict() for finding in self.findings],
             "flash": {"file": str(self.flash.path), "record_bytes": self.flash.record_bytes, "measured": rows},
             "settings": asdict(self.settings),
             "kept_in": self.kept_in,
@@ -155,85 +156,72 @@ def _record_bytes(path: Path) -> int | None:
 def findings(root: Path = Path("/")) -> Iterator[Finding]:
     """What there is to know without measuring; `root` holds sys/ and proc/."""
     yield from _processor(root)
-    yield from _memory(root)
+    yield from memory_findings(root)
+    yield from board_findings(root)
     yield from _software()
+    yield from _cache()
 
 
 def _processor(root: Path) -> Iterator[Finding]:
-    threads = cores.choose_threads()
-    yield Finding("processor", "name", machine.cpu_name(), platform.machine())
-    yield Finding("processor", "threads", str(threads.n_threads), threads.reason)
+    threads, paths = cores.choose_threads(root), dict(isa.explain())
+    yield Finding("processor", "name", machine.cpu_name(), f"{platform.machine()}; kernels are compiled for it")
+    yield Finding("processor", "threads", str(threads.n_threads), f"what --threads is if not set: {threads.reason}")
     chosen = isa.choose().name
-    yield Finding("processor", "instructions", chosen, dict(isa.explain()).get(chosen, ""))
-    governor = _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    if governor:
-        slow = governor == "powersave" and "intel_pstate" not in _text(
-            root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_driver"
-        )
-        remedy = "for speed: sudo cpupower frequency-set -g schedutil" if slow else ""
-        yield Finding("processor", "clock governor", governor, "keeps the clock low" if slow else "", remedy)
-    heat = [_number(zone / "temp") / 1000 for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*"))]
-    if heat and max(heat) > 0:
-        hot = max(heat) >= 80
-        yield Finding(
-            "processor",
-            "temperature",
-            f"{max(heat):.0f} °C",
-            "the hottest sensor" + "; processors slow down from 80 to 95 °C" * hot,
-            "better cooling" if hot else "",
-        )
-
-
-def _memory(root: Path) -> Iterator[Finding]:
-    machine_bytes, free = psutil.virtual_memory(), memory.available()
-    yield Finding("memory", "installed", _gib(machine_bytes.total))
-    capped = free < 0.9 * machine_bytes.available
-    reason = "a cgroup's limit leaves less than the machine has" if capped else "free, or page cache that gives way"
-    yield Finding("memory", "available", _gib(free), reason)
-    pages = re.search(r"\[(\w+)\]", _text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
-    if pages and pages[1] == "never":
-        yield Finding(
-            "memory",
-            "huge pages",
-            "never",
-            "experts are read and computed up to a third slower from small pages",
-            "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
-        )
-    else:
-        yield Finding("memory", "huge pages", pages[1] if pages else "not in this kernel", "for the expert buffer")
-    pressure = _text(root / "proc/pressure/memory")
-    if pressure:
-        average = re.search(r"some avg10=([0-9.]+)", pressure)
-        busy = average is not None and float(average[1]) >= 5
-        yield Finding(
-            "memory",
-            "pressure (PSI)",
-            f"{average[1]} %" if average else "watched",
-            "of the last 10 s waited for memory" if average else "",
-            "close other programs" if busy else "",
-        )
-    else:
-        yield Finding(
-            "memory", "pressure (PSI)", "not in this kernel", "major page faults alone tell of want of memory"
-        )
-    swap = psutil.swap_memory()
-    if swap.total:
-        yield Finding("memory", "swap", _gib(swap.total), f"{_gib(swap.used)} used; the budget does not count on it")
+    others = {name: why for name, why in paths.items() if name != chosen}
+    missing = "; ".join(f"{name} {why.partition(';')[0]}" for name, why in others.items() if why.startswith("needs"))
+    yield Finding("processor", "instructions", chosen, f"{paths.get(chosen, '')}{'; ' * bool(missing)}{missing}")
 
 
 def _software() -> Iterator[Finding]:
     names = ("numpy", "numba", "llvmlite")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    yield Finding("software", "versions", f"Python {platform.python_version()}, {versions}")
+    libc = " ".join(platform.libc_ver()).strip()
+    python = f"Python {platform.python_version()}{', ' * bool(libc)}{libc}"
+    reason = f"{python}, {versions}: kernels that were compiled with others are compiled anew"
+    yield Finding("software", "edgert", importlib.metadata.version("edgert"), reason)
+    if not jit.JIT_ENABLED:
+        reason = "NUMBA_DISABLE_JIT is set: answers come from NumPy, with the same bits, some hundred times slower"
+        yield Finding("software", "kernels", "off", reason, "unset NUMBA_DISABLE_JIT")
+        return
     kernels = machine.kernels()
     value = f"{kernels['count']} compiled" if kernels["count"] else "none compiled yet"
+    first = "a first chat takes no longer than others" if kernels["count"] else "a first chat takes 10 to 20 s longer"
     remedy = "" if kernels["count"] else "edgert warmup, or let the first chat compile them"
-    yield Finding("software", "kernels", value, kernels["folder"], remedy)
+    yield Finding("software", "kernels", value, f"{first}; {kernels['folder']}", remedy)
+
+
+def _cache() -> Iterator[Finding]:
+    """Packed models, and room for more."""
+    folder, models = cache_folder(), cached_models()
+    total = sum(model.n_bytes for model in models)
+    reason = f"in {folder}: a model that is there starts without packing"
+    yield Finding("cache", "packed models", f"{len(models)}, {gib(total)}", reason)
+    for state, what in _STATES.items():
+        names = ", ".join(model.name for model in models if model.state == state)
+        if names:
+            yield Finding("cache", state, names, what, f"edgert cache remove {names.replace(', ', ' ')}")
+    place = existing(folder)
+    if not os.access(place, os.W_OK | os.X_OK):
+        reason = "models larger than memory cannot be packed, nor settings kept"
+        yield Finding("cache", "writable", "no", reason, "set XDG_CACHE_HOME to a folder that is", stops=True)
+    free = shutil.disk_usage(place).free
+    low = free < _LITTLE
+    reason = f"under {place}: a packed model takes as much as its file" + ", so hardly any fits" * low
+    yield Finding("cache", "free space", gib(free), reason, "remove files, or set XDG_CACHE_HOME" if low else "")
+
+
+_STATES = {
+    "damaged": "not read; its model is packed anew when it is run",
+    "unfinished": "packing was ended before its end, and goes on when the model is run",
+    "changed": "its file has changed since; packed anew when it is run",
+    "missing": "its file is gone; it still runs by its own path",
+}
 
 
 def _flash(subject: Path, found: FlashProbe, before: FlashSettings) -> Iterator[Finding]:
     where = file_system(subject)
-    yield Finding("flash", "file system", where.kind, f"on {where.device}, mounted at {where.mount}")
+    yield _kind(subject, found)
+    yield Finding("flash", "file system", where.kind, f"on {where.device}, mounted at {where.mount}: read from there")
     remedy = "" if found.direct else "keep models on a file system with direct reads, such as ext4, xfs, btrfs or f2fs"
     yield Finding("flash", "direct reads", "yes" if found.direct else "no", found.reason, remedy)
     if before.measured and before.bytes_per_s:
@@ -248,17 +236,17 @@ def _flash(subject: Path, found: FlashProbe, before: FlashSettings) -> Iterator[
         )
 
 
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def _number(path: Path) -> int:
-    text = _text(path)
-    return int(text) if re.fullmatch("-?[0-9]+", text) else 0
+def _kind(subject: Path, found: FlashProbe) -> Finding:
+    """The class of the drive, and what it takes for an expert."""
+    drive, rate = flash_class(subject), found.best().bytes_per_s or 0.0
+    value = " ".join(filter(None, (drive.kind or "not told", drive.model, f"({drive.link})" if drive.link else "")))
+    size, each = f"{found.record_bytes / 2**20:.2f} MiB", 1e3 * found.record_bytes / max(rate, 1)
+    reason = f"{rate / 1e9:.2f} GB/s at records of {size}: {each:.1f} ms for each expert that is missing"
+    remedy = ""
+    if drive.possible_link:
+        remedy = f"its link could be {drive.possible_link}: see the slot, or on a Raspberry Pi 5 dtparam=pciex1_gen=3"
+    if rate < _SLOW:
+        remedy = (
+            "keep models on NVMe, or give the most memory: such a drive makes answers wait" if drive.slow else remedy
+        )
+    return Finding("flash", "drive", value, reason, remedy)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from boards import link, orin_nano, write
 from models import golden_path
 
-from edgert import doctor
+from edgert import doctor, doctor_memory, jetson
 from edgert.cache import cache_folder
 from edgert.cli import doctor as command
 from edgert.cli import main
 from edgert.errors import ModelFileError
 from edgert.pack import pack
 from edgert.storage import flash_probe
+from edgert.storage.flash_class import class_of
 from edgert.storage.flash_settings import flash_settings, settings_path
 
 DEMO = Path(doctor.__file__).parent / "demo" / "smollm2-moe-q4_0.gguf"
@@ -46,8 +49,8 @@ def machine(root: Path, **files: str) -> dict[str, doctor.Finding]:
 
 def test_findings_of_this_machine() -> None:
     found = list(doctor.findings())
-    assert {finding.area for finding in found} == {"processor", "memory", "software"}
-    assert all(finding.value for finding in found)
+    assert [*dict.fromkeys(finding.area for finding in found)] == ["processor", "memory", "board", "software", "cache"]
+    assert all(finding.value and finding.reason for finding in found)
 
 
 def test_a_machine_that_tells_nothing(tmp_path: Path) -> None:
@@ -85,6 +88,166 @@ def test_nothing_in_the_way(tmp_path: Path) -> None:
     assert "temperature" not in found
 
 
+# ---- boards ----------------------------------------------------------------------------------------------------------
+def test_a_jetson_in_a_slow_mode_that_is_hot_and_throttled(tmp_path: Path) -> None:
+    orin_nano(tmp_path, celsius=92, mode=0)
+    write(tmp_path / "sys/class/thermal/cooling_device1", cur_state=1)
+    write(tmp_path / "sys/class/hwmon/hwmon3", oc3_event_cnt=27)
+    write(tmp_path / "sys/devices/system/cpu", online="0-3", offline="4-5")
+    write(tmp_path / "sys/devices/system/cpu/cpu0/cpufreq", scaling_max_freq=1190400)
+    found = {finding.name: finding for finding in doctor.findings(tmp_path)}
+    assert found["Jetson Linux"].value == "36.4.3 (JetPack 6)" and not found["Jetson Linux"].remedy
+    assert (
+        found["power mode"].value == "15W (mode 0)" and "sudo nvpmodel -m 2 (MAXN_SUPER)" in found["power mode"].remedy
+    )
+    assert found["jetson-stats"].value == "not installed here"
+    assert found["processors offline"].value == "4-5" and found["clock limit"].value == "1.19 GHz"
+    assert found["temperature"].value == "92 °C" and "--power cool" in found["temperature"].remedy
+    assert found["throttled now"].value == "cpu-throttle-alert" and "27 over-current" in found["throttled now"].reason
+    assert found["energy"].value == "7.3 W" and "VDD_IN" in found["energy"].reason
+    assert all(finding.reason for finding in found.values())
+
+
+def test_a_jetson_as_it_should_be(tmp_path: Path) -> None:
+    orin_nano(tmp_path, mode=2)
+    found = [finding for finding in doctor.findings(tmp_path) if finding.area == "board"]
+    assert [finding.name for finding in found] == [
+        "Jetson Linux",
+        "power mode",
+        "jetson-stats",
+        "clock governor",
+        "temperature",
+        "throttled now",
+        "energy",
+    ]
+    assert all(finding.level == "ok" for finding in found)
+
+
+def test_what_nvpmodel_chooses_by_itself_and_other_boards(tmp_path: Path) -> None:
+    orin_nano(tmp_path)
+    (tmp_path / "var/lib/nvpmodel/status").unlink()
+    mode = jetson.power_mode(tmp_path)
+    assert mode is not None and (mode.number, mode.name, mode.fastest) == (1, "25W", 2)
+    conf = "\n".join(f"< POWER_MODEL ID={i} NAME={n} >" for i, n in enumerate(("MODE_10W", "MODE_30W_ALL", "MODE_15W")))
+    (tmp_path / "etc/nvpmodel.conf").write_text(conf)
+    write(tmp_path, var__lib__nvpmodel__status="pmode:0002 fmode:quiet")
+    mode = jetson.power_mode(tmp_path)
+    assert mode is not None and (mode.name, mode.fastest) == ("MODE_15W", 1)
+    write(tmp_path, etc__nv_tegra_release="# R32 (release), REVISION: 7.1, GCID: 1, BOARD: t186ref, EABI: aarch64")
+    old = next(finding for finding in doctor.findings(tmp_path) if finding.name == "Jetson Linux")
+    assert old.value == "32.7.1 (JetPack 4)" and "JetPack 6" in old.remedy
+    assert jetson.power_mode(tmp_path / "none") is None and jetson.release(tmp_path / "none") == ""
+
+
+JTOP = """
+class JtopException(Exception): pass
+class jtop:
+    jetson_clocks = {clocks}
+    def __enter__(self):
+        {entering}
+        return self
+    def __exit__(self, *_): return False
+    def ok(self): return True
+"""
+
+
+@pytest.mark.parametrize(
+    ("clocks", "entering", "words"),
+    [
+        ("True", "pass", "at their most"),
+        ("False", "pass", "jetson_clocks is off"),
+        ("None", "raise JtopException('the service is not active')", "the service is not active"),
+        ("None", "raise FileNotFoundError(2, 'no such file')", "no such file"),
+    ],
+)
+def test_jetson_stats_where_it_is_installed(
+    clocks: str, entering: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package with the face of jetson-stats, for its own runs on a Jetson alone."""
+    (tmp_path / "jtop.py").write_text(JTOP.format(clocks=clocks, entering=entering))
+    write(
+        tmp_path / "jetson_stats-4.3.2.dist-info", METADATA="Metadata-Version: 2.1\nName: jetson-stats\nVersion: 4.3.2"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "jtop", raising=False)
+    orin_nano(tmp_path / "board")
+    found = next(finding for finding in doctor.findings(tmp_path / "board") if finding.name == "jetson-stats")
+    monkeypatch.delitem(sys.modules, "jtop", raising=False)
+    assert found.value == "4.3.2" and words in found.reason and bool(found.remedy) == ("raise" in entering)
+
+
+# ---- memory, cache, drive --------------------------------------------------------------------------------------------
+def test_swap_of_both_kinds_and_a_limit(tmp_path: Path) -> None:
+    swaps = (
+        "Filename Type Size Used Priority\n/dev/zram0 partition 1048576 524288 5\n/dev/nvme0n1p3 partition 8388608 0 -2"
+    )
+    found = machine(
+        tmp_path,
+        proc__swaps=swaps,
+        proc__self__cgroup="0::/app",
+        **{"sys/fs/cgroup/app/memory.max": str(2 << 30), "sys/fs/cgroup/app/memory.current": str(1 << 30)},
+    )
+    assert found["zram"].value == "1.00 GiB" and "in place of experts" in found["zram"].reason
+    assert found["zram"].remedy == "close other programs" and not found["swap"].remedy
+    assert found["swap"].value == "8.00 GiB" and found["cgroup limit"].value == "2.00 GiB"
+    (tmp_path / "proc/swaps").write_text("Filename Type Size Used Priority")
+    assert machine(tmp_path)["swap"].value == "none"
+
+
+def test_a_machine_without_room_is_a_problem() -> None:
+    little = doctor_memory._available(100 << 20, 4 << 30)
+    assert little.stops and little.level == "problem" and "320 MiB" in little.reason
+    assert doctor_memory._available(2 << 30, 4 << 30).reason.startswith("a cgroup")
+
+
+def test_damaged_and_unfinished_models_in_the_cache(bundle: Path) -> None:
+    folder = cache_folder()
+    (folder / "broken.edge").mkdir(parents=True)
+    (folder / "half.edge.part").mkdir()
+    found = {finding.name: finding for finding in doctor.findings() if finding.area == "cache"}
+    assert found["damaged"].value == "broken" and found["damaged"].remedy == "edgert cache remove broken"
+    assert "goes on when" in found["unfinished"].reason and found["packed models"].value.startswith("2, ")
+
+
+DRIVES = {
+    "sys/devices/pci0/nvme/nvme0/nvme0n1/nvme0n1p1": ("NVMe", {"../device/model": "Samsung 990"}),
+    "sys/devices/platform/mmc/mmcblk0/mmcblk0p1": ("microSD", {"../device/type": "SD", "../device/name": "SN64G"}),
+    "sys/devices/platform/mmc/mmcblk1": ("eMMC", {"device/type": "MMC"}),
+    "sys/devices/pci0/usb2/2-1/host1/sda/sda1": ("USB drive", {"../device/model": "Extreme"}),
+    "sys/devices/pci0/ata1/host2/sdb": ("hard disk", {"queue/rotational": "1"}),
+    "sys/devices/pci0/ata1/host2/sdc": ("SATA SSD", {"queue/rotational": "0"}),
+    "sys/devices/platform/ufshcd/host0/sdd": ("UFS", {}),
+    "sys/devices/pci0/virtio1/vda": ("virtual disk", {}),
+    "sys/devices/other": ("", {}),
+}
+
+
+@pytest.mark.parametrize("place", DRIVES)
+def test_drives_of_all_kinds(place: str, tmp_path: Path) -> None:
+    kind, files = DRIVES[place]
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    if folder.name.endswith("p1") or folder.name == "sda1":
+        write(folder, partition=1)
+    for name, content in files.items():
+        write(Path(os.path.normpath(folder / name)).parent, **{Path(name).name: content})
+    link(tmp_path, "sys/dev/block/8:1", place)
+    found = class_of(tmp_path / "sys/dev/block/8:1")
+    assert found.kind == kind and found.slow == (kind in ("microSD", "eMMC", "USB drive", "hard disk"))
+    mapped = tmp_path / "sys/devices/virtual/block/dm-0"
+    (mapped / "slaves").mkdir(parents=True)
+    link(tmp_path, f"sys/devices/virtual/block/dm-0/slaves/{folder.name}", place)
+    assert class_of(mapped) == found
+
+
+def test_a_drive_whose_link_could_be_faster(tmp_path: Path) -> None:
+    drive = tmp_path / "sys/devices/pci0/nvme0n1"
+    write(drive / "device/device", current_link_speed="5.0 GT/s PCIe", current_link_width=1)
+    write(drive / "device/device", max_link_speed="16.0 GT/s PCIe", max_link_width=4)
+    found = class_of(drive)
+    assert (found.link, found.possible_link) == ("5.0 GT/s x1", "16.0 GT/s x4")
+
+
 def test_a_model_is_measured_at_its_record_size_and_later_loads_find_it() -> None:
     report = doctor.examine(DEMO, seconds=0.01)
     assert report.flash.path == DEMO and report.flash.record_bytes == -(-DEMO_RECORD // 4096) * 4096
@@ -92,7 +255,8 @@ def test_a_model_is_measured_at_its_record_size_and_later_loads_find_it() -> Non
     found = flash_settings(DEMO, DEMO_RECORD)
     assert found == report.settings == flash_settings(DEMO.parent / "other.edge") and found.measured
     names = [finding.name for finding in report.findings if finding.area == "flash"]
-    assert names == ["file system", "direct reads"]
+    assert names == ["drive", "file system", "direct reads"]
+    assert "for each expert that is missing" in next(one.reason for one in report.findings if one.name == "drive")
     again = doctor.examine(DEMO, seconds=0.01)
     assert [finding.name for finding in again.findings if finding.area == "flash"] == [*names, "measured before"]
 
@@ -184,6 +348,17 @@ def test_the_command_for_a_path_that_is_not_there(
 ) -> None:
     assert run(monkeypatch, str(tmp_path / "none")) == 2
     assert "no such file or folder" in capfd.readouterr().err
+
+
+def test_the_command_ends_with_1_where_something_keeps_models_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder can be here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert run(monkeypatch, str(DEMO), "--json") == 1
+    document = json.loads(capfd.readouterr().out)
+    assert not document["healthy"] and document["kept_in"].startswith("not kept")
+    assert [one["name"] for one in document["findings"] if one["level"] == "problem"] == ["writable"]
 
 
 def test_sizes_and_times_for_people() -> None:

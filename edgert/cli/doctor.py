@@ -13,7 +13,8 @@ from edgert.cli.options import Chosen, Json, command
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from edgert.doctor import Finding, Report
+    from edgert.doctor import Report
+    from edgert.findings import Finding
     from edgert.storage.flash_probe import FlashProbe
 
 _NAME_WIDTH = 17
@@ -33,7 +34,7 @@ def doctor(path: Where = None, json: Json = False, *, chosen: Chosen) -> None:
     """Look at the machine and measure its flash; the best way to read it is kept and used from then on.
 
     Takes about ten seconds, longer on slow drives. Close other programs first, and run it once for each drive that
-    holds models.
+    holds models. Ends with 1 where something keeps models from running, else with 0, also if there is advice.
     """
     with output.progress("looking around") as report:
         from edgert.doctor import examine
@@ -43,6 +44,8 @@ def doctor(path: Where = None, json: Json = False, *, chosen: Chosen) -> None:
         output.write_json(found.as_dict())
     else:
         show(found)
+    if found.stops:
+        raise typer.Exit(1)
 
 
 def show(report: Report) -> None:
@@ -85,7 +88,7 @@ def _show_findings(findings: list[Finding]) -> None:
         if finding.reason:
             line.append(f"  ({output.harmless(finding.reason)})", style="dim")
         if finding.remedy:
-            line.append(f"\n-> {finding.remedy}", style="yellow")
+            line.append(f"\n-> {finding.remedy}", style="bold red" if finding.stops else "yellow")
         if screen.is_terminal:
             table.add_row(f"  {finding.name}", line)
         else:
