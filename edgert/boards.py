@@ -1,6 +1,6 @@
 """Boards that a plan can be made for: what their makers and those who measured them say, with where it is from.
 
-Rates are peaks; what edgert reaches of them is plan_rates.py's. No board here was measured by edgert: what is said of
+Rates are peaks; what edgert reaches of them is plan.py's. No board here was measured by edgert: what is said of
 them is unverified, and the ranges of a plan are wide for it. The machine in hand is measured instead (plan_machine.py).
 """
 

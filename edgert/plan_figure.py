@@ -117,7 +117,9 @@ def _draw(axes: Axes, plan: Plan) -> None:
         _note(axes, high, unit.half_per_s, f"floats, {_scaled(unit.half_per_s)} op/s")
     if plan.hits is not None:
         flash = plan.main.flash
-        _roof(axes, flash.bytes_per_s, peak, _FLASH, f"{flash.name}, {flash.bytes_per_s / 1e9:.2g} GB/s", dashed=True)
+        words = f"{flash.name}, {flash.bytes_per_s / 1e9:.2g} GB/s"
+        marked = max((mark.x for mark in flash_marks(plan)), default=0.0)
+        _roof(axes, flash.bytes_per_s, peak, _FLASH, words, dashed=True, marked=marked)
     for some, colour, shape in (
         (token_marks(plan), _TOKEN, "o"),
         (prompt_marks(plan), _PROMPT, "s"),
@@ -130,8 +132,10 @@ def _draw(axes: Axes, plan: Plan) -> None:
     _legend(axes, plan, bool(marks))
 
 
-def _roof(axes: Axes, bytes_per_s: float, peak: float, colour: str, words: str, *, dashed: bool = False) -> None:
-    """The line of what a rate of bytes allows, up to the peak of operations."""
+def _roof(
+    axes: Axes, bytes_per_s: float, peak: float, colour: str, words: str, *, dashed: bool = False, marked: float = 0.0
+) -> None:
+    """The line of what a rate of bytes allows, up to the peak of operations. marked: where its name should not be."""
     low, high = axes.get_xlim()
     ridge = peak / bytes_per_s
     style = "--" if dashed else "-"
@@ -141,6 +145,8 @@ def _roof(axes: Axes, bytes_per_s: float, peak: float, colour: str, words: str, 
     angle = math.degrees(math.atan2(height / y_decades, width / x_decades))
     bottom = axes.get_ylim()[0]
     x = max(low * 1.25, 1.6 * bottom / bytes_per_s)
+    if x < marked < 4 * x:
+        x = 2 * marked
     axes.annotate(
         words,
         (x, x * bytes_per_s),

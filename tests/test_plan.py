@@ -168,9 +168,8 @@ def test_parts_of_a_token_add_up_to_its_traffic(name: str) -> None:
         step.n_bytes - traffic.embedding_row - vectors, rel=1e-6
     )
     counted = [part for part in parts if part.name not in ("softmax", "norm", "add")]
-    gates = 2 * c.n_layers * c.d_model * c.shared_gate
     assert sum(p.count * p.operations for p in counted) == pytest.approx(
-        step.int8_operations + step.float_operations - gates * 0, rel=1e-3
+        step.int8_operations + step.float_operations, rel=1e-3
     )
 
 
@@ -313,6 +312,7 @@ def test_this_machine_and_the_embedded_model() -> None:
         (("--plot", "/nowhere/roof.svg"), "cannot be written"),
         (("qwen3-30b-a3b", "--verify"), "holds no weights"),
         (("--board", "raspberry-pi-5", "--verify"), "measures the machine in hand"),
+        (("--memory", "2GiB", "--verify"), "leave --memory away"),
     ],
 )
 def test_bad_input_in_one_line(arguments: tuple[str, ...], words: str) -> None:
@@ -321,6 +321,7 @@ def test_bad_input_in_one_line(arguments: tuple[str, ...], words: str) -> None:
 
 def test_a_board_that_is_for_planning_only_says_why() -> None:
     text = run("olmoe-1b-7b", "--board", "jetson-tx2,jetson-xavier-nx")
+    assert "for comparison only" in run("llama-2-7b", "--board", "a6000")
     assert "for planning only" in text and "glibc 2.27" in text and "Python 3.8" in text
 
 

@@ -105,6 +105,8 @@ def plan(
     seconds = None if tpot is None else parse_time(tpot)
     if verify and names_of(board) != [HERE]:
         raise OptionError(f"--verify measures the machine in hand: leave --board {board} away")
+    if verify and memory is not None:
+        raise OptionError("--verify runs with all experts in RAM, and with half of them: leave --memory away")
     if plot is not None:
         from edgert.plan_figure import check_plot
 

@@ -99,6 +99,8 @@ def _runs(plan: Plan) -> str:
         return "no: too little memory"
     if plan.board.obstacle:
         return "no, for planning only"
+    if plan.board.cpu is None:
+        return "no, for comparison only"
     return "" if plan.board.measured else "should; nobody has tried"
 
 
@@ -332,11 +334,15 @@ def span(figures: Range, words: Callable[[float], str]) -> str:
 
 def figure(value: float) -> str:
     """Two digits that count."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def seconds(value: float) -> str:
-    """17 s, 0.42 s, 3 min."""
+    """17 s, 0.42 s, 13 ms, 3 min, 5.9 h."""
+    if value >= 7200:
+        return f"{figure(value / 3600)} h"
+    if value < 0.1:
+        return milliseconds(value)
     return f"{value / 60:.0f} min" if value >= 120 else f"{figure(value)} s"
 
 
