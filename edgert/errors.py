@@ -9,6 +9,7 @@
     ├── MemoryLimitError        the model does not fit the budget, or the machine
     ├── ContextLengthError      the prompt is longer than the context
     ├── OptionError             an option has a value that makes no sense
+    ├── DeviceError             a device is absent, computes wrongly, or leaves to another what it was asked for
     ├── JobError                work given to other processes does not come back
     └── BusyError               a second answer was asked for while the same thread still reads the first
 
@@ -52,6 +53,10 @@ class ContextLengthError(EdgertError):
 
 class OptionError(EdgertError, ValueError):
     """An option has a value that makes no sense."""
+
+
+class DeviceError(EdgertError):
+    """A device is absent, computes wrongly, or leaves to another what it was asked for."""
 
 
 class JobError(EdgertError):

@@ -36,6 +36,7 @@ JIT_ENABLED = not config.DISABLE_JIT
 _STAMP = re.compile("[0-9a-f]{24}")
 _KEPT_DAYS = 30  # since the kernels of a state of the sources were last used
 WORK: Counter[str] = Counter()  # kernels that this process "compiled", and that it "found" in the cache
+_NO_KERNELS = "onnx_"  # what names of files that hold none, and nothing that kernels call, begin with
 _SOURCES = (("edgert.quant", "*.py"), ("edgert.devices", "*.py"), ("edgert.experts", "*_kernels.py"))
 
 
@@ -99,7 +100,8 @@ def source_stamp() -> str:
     )
     for folder, pattern in _SOURCES:
         for path in sorted(_folder(folder).glob(pattern)):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+            if not path.name.startswith(_NO_KERNELS):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:24]
 
 
