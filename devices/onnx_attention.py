@@ -51,11 +51,13 @@ class OnnxAttention:
         settings: Settings,
         *,
         rope_divisors: Floats | None = None,
-        kv_type: str = "f16",
+        kv_type: str,
         chunk: int,
     ) -> None:
         c, memory = config, settings.provider.memory
-        self.name, self.chunk, self.config = f"onnx:{settings.provider.name}", chunk, config
+        if kv_type not in CACHED:
+            raise OptionError(f"kv_type={kv_type!r} is not there on {settings.name}; use {' or '.join(CACHED)}")
+        self.name, self.chunk, self.config = settings.name, chunk, config
         self._settings, self._n_context, self._kv_type = settings, n_context, kv_type
         self._weights: list[LayerWeights] = []  # without their matrices, to know what graphs have
         self._calls: list[Call] = []
@@ -112,10 +114,10 @@ class OnnxAttention:
         self._stream.read()[:] = embeddings
         self._added: dict[str, View] = {}  # of the layer before
 
-    def attend(self, layer: int, cache: OnnxCache, start: int) -> Routes | None:
+    def attend(self, layer: int, cache: OnnxCache, start: int, n_ahead: int) -> Routes | None:
         """Run a layer up to its experts; its routes, or None if it has none."""
         n, weights, turn = self._n_tokens, self._weights[layer], layer % 2
-        end = start + n
+        end, self._n_ahead = start + n, n_ahead
         keys, values = cache.layers[layer]
         inputs = {name: table.rows(start, n) for name, table in self._tables.items()}
         inputs |= {"x": self._stream, "mask": self._mask(weights.window, start), **self._added}
@@ -149,9 +151,9 @@ class OnnxAttention:
         """What the experts of the last layer that ran are given."""
         return self._normed.rows(0, self._n_tokens)
 
-    def look_ahead(self, layer: int, n_ahead: int) -> list[Floats]:
+    def look_ahead(self, layer: int) -> list[Floats]:
         """What the routers of the next layers make of the last token's present state, on the host."""
-        routers = [router for router in self._routers[layer + 1 : layer + 1 + n_ahead] if router is not None]
+        routers = [router for router in self._routers[layer + 1 : layer + 1 + self._n_ahead] if router is not None]
         if not routers:
             return []
         x = self._stream.rows(self._n_tokens - 1, 1).read()
@@ -180,4 +182,3 @@ class OnnxAttention:
         self._weights.clear()
         self._routers.clear()
         del self._head
-

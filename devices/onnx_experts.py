@@ -67,7 +67,7 @@ class OnnxExperts:
 
     def __init__(self, config: ModelConfig, settings: Settings, *, chunk: int) -> None:
         c, memory = config, settings.provider.memory
-        self.name, self._config, self._settings = f"onnx:{settings.provider.name}", config, settings
+        self.name, self._config, self._settings = settings.name, config, settings
         self._places = _Places()
         self._shared_threads = settings.threads if memory == "cpu" else 1  # experts that run side by side
         self._pool: ThreadPoolExecutor | None = None

@@ -300,7 +300,7 @@ def _routes(g: Graph, c: ModelConfig, scores: str) -> None:
 
 # ---- experts and head ------------------------------------------------------------------------------------------------
 def expert_graph(c: ModelConfig, weights: ExpertWeights, *, exact: bool) -> Model:
-    """One expert. Inputs: normed (n, d_model), tokens int64 (rows,). Outputs: hidden (rows, d_expert), out (rows, d_model)."""
+    """One expert. Inputs: normed (n, d_model), tokens int64 (rows,). Outputs: hidden (rows, d_expert), out (..., d_model)."""
     g = Graph(exact=exact)
     x = g.op("Gather", g.input("normed", np.float32, "n", c.d_model), g.input("tokens", np.int64, "rows"))
     hidden, out = g.network(x, weights, c.activation)

@@ -89,6 +89,11 @@ class Settings:
     exact: bool = False
     strict: bool = True  # refuse a graph of which another provider would get a part
 
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return f"onnx:{self.provider.name}"
+
     def provider_options(self) -> dict[str, str]:
         """What the provider is told. OpenVINO may compute in bf16, and rounds activations to 8 bits, unless told."""
         if self.provider.name == "openvino":
@@ -101,6 +106,13 @@ class Settings:
                 "load_config": json.dumps({"CPU": cpu}),
             }
         return {}
+
+
+def settings_for(name: str, threads: int | None, activations: str) -> Settings:
+    """How sessions on a provider are made; threads: None for those that the CPU device would take."""
+    from edgert.devices.cores import choose_threads
+
+    return Settings(provider_of(name), threads or choose_threads().n_threads, exact=activations == "f32")
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ def session(model: Model, settings: Settings) -> Any:
     options.log_severity_level = 4  # what is wrong is said by the exceptions
     options.intra_op_num_threads, options.inter_op_num_threads = settings.threads, 1
     options.enable_mem_pattern = False  # shapes change with every token
+    options.enable_cpu_mem_arena = False  # there is a session for each layer and expert: each would keep its largest
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are others' too
     provider = settings.provider
     if settings.strict and provider.name != "cpu":

@@ -42,12 +42,6 @@ def stored_bits(format: Format) -> int:
     return 4 if format.bits <= 4 and not format.table else 8
 
 
-def form_bytes(format: Format, n_out: int, n_in: int) -> int:
-    """Bytes that a matrix takes within a session, as measured on the CPU: its scales are there three times."""
-    n_scales = n_out * n_in // format.group if format.is_integer else 0
-    return n_out * n_in * stored_bits(format) // 8 + n_scales * (16 if format.has_minimum else 12)
-
-
 def floats(source: MatrixSource, rows: Ids | None = None) -> Floats:
     """The weights, float32 (n_out, n_in), of `rows` in that order."""
     out = np.empty(source.shape, np.float32)
@@ -72,7 +66,7 @@ def blocks(source: MatrixSource, rows: Ids | None = None) -> BlockWeights:
             assert own is not None
             minima[part] = own + centre * scales[part]
         if bits == 4:
-            values = values[:, 0::2] | (values[:, 1::2] << 4)
+            values = values[:, 0::2] | values[:, 1::2] << np.uint8(4)
         integers[part] = values.reshape(-1, *integers.shape[1:])
     if rows is not None:
         integers, scales, minima = integers[rows], scales[rows], None if minima is None else minima[rows]

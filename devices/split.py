@@ -30,19 +30,19 @@ class AttentionPart(Protocol):
     def new_cache(self, n_context: int, kv_type: str) -> Cache: ...
     def begin(self, embeddings: Floats) -> None: ...
 
-    def attend(self, layer: int, cache: Any, start: int) -> Routes | None:
+    def attend(self, layer: int, cache: Any, start: int, n_ahead: int) -> Routes | None:
         """Run a layer up to its experts; the routes of its tokens, valid until the next, or None without experts."""
 
     def inputs(self) -> Any:
         """What the experts of that layer are given, (n_tokens, d_model)."""
 
-    def look_ahead(self, layer: int, n_ahead: int) -> list[Floats]:
-        """What the routers of the next layers make of the last token's present state, each (n_expert,)."""
+    def look_ahead(self, layer: int) -> list[Floats]:
+        """What the routers of n_ahead next layers made of the last token's state in that layer, each (n_expert,)."""
 
     def take(self, total: Any) -> None:
         """Take the weighted sum (n_tokens, d_model) of that layer's experts, to be added to the residual stream."""
 
-    def head(self, first_row: int) -> Floats: ...
+    def head(self, first_row: int = 0) -> Floats: ...
     def close(self) -> None: ...
 
 
@@ -116,7 +116,7 @@ class SplitDevice:
     ) -> int:
         """Layers from `first` on, up to one that lacks an expert; see devices.base.Device."""
         for layer in range(first, self.config.n_layers):
-            routes = self._attention.attend(layer, cache, start)
+            routes = self._attention.attend(layer, cache, start, n_ahead)
             if routes is None:
                 continue
             table = tables[layer]
@@ -126,7 +126,7 @@ class SplitDevice:
             self._chosen[layer] = routes.ids.copy(), routes.weights.copy()
             self.n_used += len(used)
             if n_ahead:
-                self._ahead[layer] = self._attention.look_ahead(layer, n_ahead)
+                self._ahead[layer] = self._attention.look_ahead(layer)
             self._experts.start(table, self._attention.inputs(), self._routed)
             if every_layer or (states is not None and (states[used + layer * len(table)] != READY).any()):
                 return layer

@@ -18,7 +18,9 @@ from edgert import file_pages, streaming
 from edgert.architectures import read_config
 from edgert.chat_template import ChatTemplate
 from edgert.cooling import MODES, Cooler, check_power, cooler_for
+from edgert.devices import selection
 from edgert.devices.base import Device
+from edgert.devices.selection import Selection
 from edgert.engine import Engine, Session
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
 from edgert.experts import predictors
@@ -114,14 +116,14 @@ def load_parts(
     power: str = MODES[0],
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
-    path, make_device = resolve(path_or_name), _device(device)
+    path, selected = resolve(path_or_name), selection.parse(device)
     streaming.check_options(policy, prefetch)
     check_power(power)
     share = None if residency is None else parse_share(residency)
     budget = budget_for(memory, reserved)
     progress("reading the header", 0.0)
     with ExitStack() as held, _memory_errors(path):
-        options = (context, kv_type, threads, activations)
+        options = (context, kv_type, threads, activations, selected)
         file, weights, needed = _open(path, options, held, budget)
         plan = plan_memory(needed, budget, residency=share)
         if plan.slots and not isinstance(file, Bundle):  # experts are read from a bundle only
@@ -132,9 +134,10 @@ def load_parts(
             plan = plan_memory(needed, budget, residency=share)
         file_pages.release(dropping=budget.strict, compiling=True)  # what the imports read ahead
         config = weights.config
-        made = make_device(
+        made = selected.make(
             config,
             needed.context,
+            kv_type=kv_type,
             threads=threads,
             activations=activations,
             rope_divisors=weights.rope_divisors(),
@@ -189,7 +192,7 @@ def open_model(path: Path) -> TensorFile | Bundle:
 
 
 def _open(
-    path: Path, options: tuple[int | None, str, int | None, str], held: ExitStack, budget: Budget
+    path: Path, options: tuple[int | None, str, int | None, str, Selection], held: ExitStack, budget: Budget
 ) -> tuple[TensorFile | Bundle, Weights, Needs]:
     """A model's file, its weights and what it needs."""
     file = open_model(path)
@@ -197,9 +200,9 @@ def _open(
     if budget.strict and isinstance(file, GgufFile):
         file.keep_no_pages()
     config = read_config(file.metadata, str(path))
-    context, kv_type, threads, activations = options
+    context, kv_type, threads, activations, selected = options
     weights = Weights(file, config, decode_to_f32=activations == "f32")
-    return file, weights, needs(weights, context_of(context, config), kv_type, threads, activations)
+    return file, weights, needs(weights, context_of(context, config), kv_type, threads, activations, selected)
 
 
 def _kernels(device: Device, weights: Weights, kv_type: str, activations: str) -> list[tuple[Any, int]]:
@@ -236,21 +239,6 @@ def context_of(context: int | None, config: ModelConfig) -> int:
     if not 1 <= context <= config.n_context:
         raise OptionError(f"context={context} must lie between 1 and {config.n_context}, which this model was made for")
     return context
-
-
-def _device(name: str) -> Any:
-    """The class of a device by name."""
-    if name == "auto":
-        name = "cpu" if jit.JIT_ENABLED else "reference"
-    if name == "cpu" and jit.JIT_ENABLED:
-        from edgert.devices.cpu import CpuDevice
-
-        return CpuDevice
-    if name == "reference":
-        from edgert.devices.reference import ReferenceDevice
-
-        return ReferenceDevice
-    raise OptionError(f"device={name!r} is not known here; use auto, cpu (with numba's JIT enabled) or reference")
 
 
 def _compile(kernels: Sequence[tuple[Any, int]], progress: Progress) -> None:

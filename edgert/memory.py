@@ -172,6 +172,7 @@ class MemoryPlan:
     tokenizer: int = 0
     buffers: int = 0  # of reads from flash, and tables of guesses
     slots: int = 0  # the expert buffer, where experts are streamed
+    forms: int = 0  # what a device keeps of experts in a form of its own, beside that buffer
     chunk: int = 0  # most tokens of a step
     all_experts: int = 0
     working_set: int = 0
@@ -182,7 +183,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """What the process needs at its peak."""
-        experts = self.cold + self.slots + self.buffers
+        experts = self.cold + self.slots + self.forms + self.buffers
         return self.process + self.tokenizer + self.hot + experts + max(self.kv + self.work, self.loading)
 
     @property
@@ -200,13 +201,26 @@ class MemoryPlan:
             "work": self.work,
             "loading": max(self.loading - self.kv - self.work, 0),
             "read buffers": self.buffers,
-            experts: self.cold + self.slots,
+            experts: self.cold + self.slots + self.forms,
         }
         return " + ".join(f"{name} {mib(n_bytes)}" for name, n_bytes in named.items() if n_bytes)
 
     def as_dict(self) -> dict[str, int | float | str]:
         """The ledger for a person or a script; sizes in bytes, residency a share."""
-        names = ("hot", "cold", "slots", "kv", "work", "loading", "buffers", "tokenizer", "process", "total", "floor")
+        names = (
+            "hot",
+            "cold",
+            "slots",
+            "forms",
+            "kv",
+            "work",
+            "loading",
+            "buffers",
+            "tokenizer",
+            "process",
+            "total",
+            "floor",
+        )
         return {
             **{name: getattr(self, name) for name in names},
             "working_set": self.working_set,
@@ -235,6 +249,8 @@ class Needs:
     working_set: int = 0  # the records that one token routes to
     buffers: int = 0  # of reads and guesses, where experts are streamed
     streams: bool = False  # whether experts can stay on flash
+    beside: float = 0.0  # bytes that a device keeps of an expert in a form of its own, for each byte of its record
+    libraries: int = 0  # that the device loads
 
     @property
     def least_slots(self) -> int:
@@ -248,10 +264,11 @@ class Needs:
     def plan(self, chunk: int, slots: int = 0) -> MemoryPlan:
         """With an expert buffer of so many bytes, or (0) with all experts in RAM."""
         return MemoryPlan(
-            process=PROCESS_BYTES + (COMPILING_BYTES if self.compiling else 0),
+            process=PROCESS_BYTES + self.libraries + (COMPILING_BYTES if self.compiling else 0),
             tokenizer=self.tokenizer,
             hot=self.hot,
-            cold=0 if slots else self.cold,
+            cold=0 if slots else int(self.cold * (self.beside or 1)),
+            forms=int(slots * self.beside),
             kv=self.kv,
             work=self.work[chunk],
             loading=self.loading,
@@ -293,10 +310,12 @@ def plan_memory(needs: Needs, budget: Budget, *, residency: float | None = None)
 def _streamed(needs: Needs, limit: int) -> MemoryPlan:
     """As many experts in RAM as fit beside the rest."""
     least = needs.work[min(needs.work)]
-    left = limit - needs.floor().total + needs.least_slots + least  # for experts and work space
-    most = max(least, min(left // _CHUNK_SHARE, left - needs.least_slots))
+    floor, share = needs.floor(), 1 + needs.beside
+    experts = floor.slots + floor.forms
+    left = limit - floor.total + experts + least  # for experts and work space
+    most = max(least, min(left // _CHUNK_SHARE, left - experts))
     chunk = max(chunk for chunk, work in needs.work.items() if work <= most)
-    return needs.plan(chunk, min(left - needs.work[chunk], needs.cold))
+    return needs.plan(chunk, min(int((left - needs.work[chunk]) / share), needs.cold))
 
 
 def _at_residency(needs: Needs, residency: float, limit: int) -> MemoryPlan:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from edgert.devices.base import CHUNK
 from edgert.devices.kv_cache import cache_bytes, check_kv_type
+from edgert.devices.selection import Selection
 from edgert.experts.predictors import is_compiled, predictor_bytes
 from edgert.experts.topics import topic_bytes
 from edgert.memory import WORD_BYTES, Needs
@@ -21,9 +24,55 @@ _READER_BYTES = 4 << 20  # of the lanes, their queues and stacks; records are re
 
 
 def needs(
-    weights: Weights, n_context: int, kv_type: str, threads: int | None = None, activations: str = "int8"
+    weights: Weights,
+    n_context: int,
+    kv_type: str,
+    threads: int | None = None,
+    activations: str = "int8",
+    device: Selection | None = None,
 ) -> Needs:
-    """What loading and running will take. OptionError for an unknown kv_type."""
+    """What loading and running will take; device: None for the CPU. OptionError for an unknown kv_type."""
+    found = _on_cpu(weights, n_context, kv_type, threads, activations)
+    return found if device is None or not device.onnx else _with_onnx(found, weights, n_context, kv_type, device)
+
+
+def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, device: Selection) -> Needs:
+    """The same where a part is ONNX Runtime's: weights are there in the form of its sessions."""
+    from edgert.devices import onnx_memory
+
+    config = weights.config
+    in_ram = [name for name in weights.shapes if not weights.is_on_file(name)]
+    forms = {
+        name: sum(onnx_memory.form_bytes(*one) for one in weights.sizes_of(name).items())
+        for name in in_ram
+        if len(weights.shapes[name]) > 1
+    }
+    hot, beside = found.hot, 0.0
+    loading = max(found.loading, 2 * max(forms[name] for name in forms if not weights.is_cold(name)))
+    if device.attention != "cpu":
+        hot = sum(n_bytes for name, n_bytes in forms.items() if not weights.is_cold(name))
+        hot += (config.n_layers + 2) * onnx_memory.SESSION_BYTES
+    if device.experts != "cpu" and config.router:
+        cold = sum(n_bytes for name, n_bytes in forms.items() if weights.is_cold(name))
+        cold += config.n_layers * config.router.n_expert * onnx_memory.SESSION_BYTES
+        beside = cold / found.cold
+    own = {chunk: work for chunk, work in found.work.items() if chunk <= onnx_memory.CHUNK}
+    return replace(
+        found,
+        hot=hot,
+        beside=beside,
+        loading=loading,
+        libraries=onnx_memory.LIBRARY_BYTES,
+        work={
+            chunk: onnx_memory.work_bytes(config, n_context, chunk, kv_type) + (work if device.compiled else 0)
+            for chunk, work in own.items()
+        },
+        compiling=found.compiling and device.compiled,
+    )
+
+
+def _on_cpu(weights: Weights, n_context: int, kv_type: str, threads: int | None, activations: str) -> Needs:
+    """What the CPU device will take."""
     from edgert.devices import buffers, cpu, work_space
     from edgert.devices.cores import choose_threads
 

@@ -36,7 +36,8 @@ JIT_ENABLED = not config.DISABLE_JIT
 _STAMP = re.compile("[0-9a-f]{24}")
 _KEPT_DAYS = 30  # since the kernels of a state of the sources were last used
 WORK: Counter[str] = Counter()  # kernels that this process "compiled", and that it "found" in the cache
-_NO_KERNELS = "onnx_"  # what names of files that hold none, and nothing that kernels call, begin with
+# What names of files begin with that hold no kernels, and nothing that kernels call or take a number from.
+_NO_KERNELS = ("onnx_", "selection.", "split.", "verification")
 _SOURCES = (("edgert.quant", "*.py"), ("edgert.devices", "*.py"), ("edgert.experts", "*_kernels.py"))
 
 

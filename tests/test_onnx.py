@@ -1,0 +1,294 @@
+"""ONNX Runtime's devices: llama.cpp's logits and the CPU device's, in parts too, and streamed as if resident.
+
+Runs on each provider that is installed of those that edgert is proven on: the CPU's always, OpenVINO's where the
+package onnxruntime-openvino is in the place of onnxruntime.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import engine_of, golden, golden_names, golden_path, run
+from streaming_models import Host, answer
+from test_device import N_CONTEXT, Weights, config
+from test_device import logits as logits_of
+from test_kernels import random_matrix
+
+pytest.importorskip("onnx", reason="the extra onnx is not installed")
+pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+import edgert
+from edgert.devices import onnx_runtime
+from edgert.devices.onnx_weights import blocks, floats, half_split
+from edgert.devices.selection import parse
+from edgert.errors import DeviceError, OptionError
+from edgert.pack import pack
+from edgert.quant.formats import FORMATS
+from edgert.storage.bundle import Bundle
+
+PROVIDERS = [provider.name for provider in onnx_runtime.available() if provider.proven]
+SPLITS = ("attention=onnx:cpu,experts=cpu", "attention=cpu,experts=onnx:cpu")
+FLOAT = [name for name in golden_names() if name.endswith("-f32")]
+QUANTISED = [name for name in golden_names() if not name.endswith("-f32")]
+F32_BOUND, KL_BOUND = 2e-3, 5e-3
+
+
+def device(name: str, **options: Any) -> Any:
+    return partial(parse(name).make, **options)
+
+
+def on(name: str, path: Path, tokens: list[int], chunk: int = 64, **options: Any) -> Any:
+    """Logits of a text on a device."""
+    kv_type = options.get("kv_type", "f32")
+    engine, session = engine_of(path, device=device(name, kv_type=kv_type), **options)
+    found = run(engine, session, tokens, chunk=chunk)
+    engine.device.close()
+    return found
+
+
+def divergence(expected: Any, found: Any) -> float:
+    """Mean Kullback-Leibler divergence of logits (n, n_vocab), nats a token."""
+
+    def logs(logits: Any) -> Any:
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+    p, q = logs(expected), logs(found)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+# ---- the same answers ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", FLOAT)
+def test_f32_equals_llama_cpp(name: str, provider: str) -> None:
+    path, expected = golden(name)
+    engine, session = engine_of(path, device=device(f"onnx:{provider}", kv_type="f32"))
+    ids: list[Any] = []
+    layers = range(engine.config.n_layers)
+    engine.trace = lambda device: ids.extend(np.sort(device.chosen(layer)[0], axis=1) for layer in layers)
+    tokens = expected["tokens"].tolist()
+    found = run(engine, session, tokens)
+    assert np.abs(found - expected["logits"]).max() <= F32_BOUND
+    assert (np.array(ids) == np.sort(expected["router_ids"], axis=2)).all()
+    session.tokens.clear()
+    assert np.abs(run(engine, session, tokens[:20], chunk=1) - expected["logits"][:20]).max() <= F32_BOUND
+    engine.device.close()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_with_float_activations_is_exact(name: str, provider: str) -> None:
+    if provider != "cpu" and name.partition("-")[0] != "olmoe":
+        pytest.skip("one architecture shows what this provider makes of the formats")
+    path, expected = golden(name)
+    found = on(f"onnx:{provider}", path, expected["tokens"].tolist(), activations="f32")
+    assert np.abs(found - expected["logits_dequant"]).max() <= F32_BOUND
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_int8_activations_stay_close_to_the_cpu_device(name: str, provider: str) -> None:
+    if provider != "cpu" and name.partition("-")[0] != "olmoe":
+        pytest.skip("one architecture shows what this provider makes of the formats")
+    path, expected = golden(name)
+    tokens = expected["tokens"].tolist()
+    options = {"activations": "int8", "kv_type": "f16"}
+    assert divergence(*(on(d, path, tokens, **options) for d in ("cpu", f"onnx:{provider}"))) <= KL_BOUND
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ["olmoe-q4_0", "granitemoe-shared-f32", "qwen2moe-f32"])
+def test_parts_on_different_devices_give_the_same(name: str, split: str) -> None:
+    path, expected = golden(name)
+    engine, session = engine_of(path, device=device(split, kv_type="f32"))
+    right = expected["logits_dequant" if "q4" in name else "logits"]
+    for chunk in (1, 64, 7, 17):
+        for every_layer in (False, True):
+            engine.every_layer = every_layer
+            session.tokens.clear()
+            found = run(engine, session, expected["tokens"].tolist(), chunk=chunk)
+            assert np.abs(found - right).max() <= F32_BOUND, (chunk, every_layer)
+    engine.device.close()
+
+
+CASES = {
+    "odd-floats": (config(40, 24, (3, 1), 12, (5, 2), 9, shared_gate=True), ("f16", "bf16", "f16", "f16")),
+    "one-expert": (config(33, 17, (2, 2), 8, (1, 1), 0), ("f32", "f32", "bf16", "f32")),
+    "dense": (config(96, 0, (3, 3), 32, (0, 0), 64), ("int4", "int8", "f16", "int4")),
+    "bits": (config(64, 32, (4, 1), 16, (3, 3), 0), ("int3-min", "int2-g16-min", "iq4-nl", "int6-g16")),
+    "gelu": (config(64, 32, (4, 2), 16, (4, 2), 0, activation="gelu"), ("int4", "int4", "int4", "int4")),
+    "oss": (config(64, 32, (4, 2), 16, (4, 2), 32, activation="swiglu-oss"), ("mxfp4", "mxfp4", "mxfp4", "int8")),
+    "window": (config(64, 32, (4, 2), 16, (4, 2), 0), ("int4", "int4", "int4", "int4")),
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", CASES)
+def test_odd_sizes_and_formats_give_what_the_cpu_device_gives(name: str, provider: str) -> None:
+    c, formats = CASES[name]
+    weights = Weights(c, *formats, window=9 if name == "window" else 0)
+    options = {"activations": "f32", "kv_type": "f32"}
+    expected = logits_of(*weights.engine(device("cpu", **options)(c, N_CONTEXT), "f32"), 34)
+    engine, session = weights.engine(device(f"onnx:{provider}", **options)(c, N_CONTEXT), "f32")
+    for chunk in (34, 5, 1):
+        assert np.abs(logits_of(engine, session, chunk) - expected).max() <= F32_BOUND * np.abs(expected).max()
+    engine.device.close()
+
+
+@pytest.mark.parametrize("name", ["onnx:cpu", *SPLITS])
+def test_whoever_observes_sees_the_rows_that_the_cpu_device_shows(name: str) -> None:
+    path, expected = golden("olmoe-f32")
+    seen: list[dict[int, Any]] = []
+    for one in ("cpu", name):
+        engine, session = engine_of(path, device=device(one, kv_type="f32"))
+        rows: dict[int, Any] = {}
+
+        def observe(layer: int, made: Any = engine.device, rows: dict[int, Any] = rows) -> None:
+            hidden = np.empty((made.routed(layer).tokens.size, made.config.d_expert), np.float32)
+            hidden[made.routed(layer).slots] = made.hidden(layer)
+            rows[layer] = made.inputs(layer).copy(), hidden
+
+        engine.observe = observe
+        run(engine, session, expected["tokens"].tolist()[:20])
+        seen.append(rows)
+        engine.device.close()
+    for layer, right in seen[0].items():
+        for ours, theirs in zip(seen[1][layer], right, strict=True):
+            assert np.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["onnx:cpu", *SPLITS])
+def test_routers_look_ahead(name: str) -> None:
+    path, expected = golden("olmoe-f32")
+    scores = []
+    for one in ("cpu", name):
+        engine, session = engine_of(path, device=device(one, kv_type="f32"))
+        found: list[Any] = []
+        layers = range(engine.config.n_layers)
+        engine.trace = lambda made, found=found, layers=layers: found.extend(  # type: ignore[misc]   # bound early
+            row.copy() for layer in layers for row in made.ahead(layer)
+        )
+        run(engine, session, expected["tokens"].tolist()[:5], chunk=5)
+        scores.append(np.array(found))
+        engine.device.close()
+    assert len(scores[0]) and np.allclose(*scores, atol=1e-3)
+
+
+# ---- experts on flash ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["onnx:cpu", *SPLITS])
+def test_streamed_equals_resident(name: str, tmp_path: Path) -> None:
+    source = golden_path("olmoe-q4_0")
+    prompt = [(7 * i * i + 3 * i + 11) % 200 for i in range(40)]
+    made = device(name)
+    engine, session = engine_of(source, activations="int8", kv_type="f16", device=made)
+    expected, tokens = answer(engine, session, prompt, 20, 24)
+    engine.device.close()
+    bundle = Bundle.open(pack(source, tmp_path / "m.edge", progress=lambda stage, fraction: None))
+    with bundle, Host(bundle, device=made) as host:
+        for share, mode in ((0.0, "off"), (0.5, "always"), (1.0, "off")):
+            engine, session, experts = host.streamed(share=share, mode=mode)
+            found, said = answer(engine, session, prompt, 20, 24)
+            assert (found == expected).all() and said == tokens, (share, mode)
+            assert experts.residency.check() == []
+            counts = experts.residency.counts
+            assert counts.expert_misses > 0 and counts.expert_hits > 0
+
+
+def test_sessions_of_streamed_experts_go_when_others_take_their_places(tmp_path: Path) -> None:
+    source = golden_path("olmoe-q4_0")
+    bundle = Bundle.open(pack(source, tmp_path / "m.edge", progress=lambda stage, fraction: None))
+    with bundle, Host(bundle, device=device("onnx:cpu")) as host:
+        engine, session, experts = host.streamed(share=0.25)
+        answer(engine, session, list(range(40)), 1, 10)
+        alive = sum(row.call is not None for table in experts.residency.tables for row in table)
+        assert 0 < alive <= len(experts.slots.memory) // int(bundle.record_bytes.min())
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [format.name for format in FORMATS.values()])
+def test_every_format_carries_over(name: str) -> None:
+    format = FORMATS[name]
+    matrix = random_matrix(format, 37, 512, seed=3)
+    right = matrix.to_float()
+    rows = np.random.default_rng(1).permutation(37)
+    if not format.is_integer:
+        assert (floats(matrix) == right).all() and (floats(matrix, rows) == right[rows]).all()
+        return
+    w = blocks(matrix, rows)
+    values = w.integers if w.bits == 8 else np.stack((w.integers & 15, w.integers >> 4), axis=-1)
+    stored = values.reshape(37, -1, w.block).astype(np.float64) - (1 << (w.bits - 1))
+    made = stored * w.scales[:, :, None] + (0 if w.minima is None else w.minima[:, :, None])
+    assert np.abs(made.reshape(37, 512) - right[rows]).max() <= 1e-6 * np.abs(right).max()
+
+
+def test_pairs_of_a_rotation_are_put_apart_within_each_head() -> None:
+    assert half_split(2, 6, 4).tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("attention=cpu", "name both parts"),
+        ("attention=cpu,attention=cpu", "name both parts"),
+        ("attention=cpu,experts=reference", "no parts"),
+        ("onnx:", "not known"),
+        ("gpu", "not known"),
+        ("experts=onnx:cpu,attention=tpu", "not known"),
+    ],
+)
+def test_names_that_are_none_are_refused(name: str, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        parse(name)
+
+
+def test_names_of_devices() -> None:
+    assert parse("cuda") == parse("onnx:cuda") and parse("cuda").onnx
+    assert not parse("cpu").onnx and parse("attention=cuda, experts=cpu").compiled
+
+
+def test_a_provider_that_is_not_installed_is_refused_with_those_that_are() -> None:
+    with pytest.raises(DeviceError, match="onnx:tensorrt is not there.*onnx:cpu"):
+        edgert.load(golden_path("olmoe-q4_0"), device="tensorrt")
+
+
+def test_a_type_of_cache_that_is_not_there_is_refused() -> None:
+    with pytest.raises(OptionError, match="int8.*f16 or f32"):
+        edgert.load(device="onnx:cpu", kv_type="int8", context=64)
+
+
+def test_a_graph_that_the_provider_does_not_take_is_refused() -> None:
+    settings = onnx_runtime.settings_for("cpu", 1, "f32")
+    with pytest.raises(DeviceError, match="onnx:cpu does not take"):
+        onnx_runtime.session(onnx_runtime.Model(b"no graph"), settings)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_embedded_model_chats(provider: str) -> None:
+    if provider != "cpu":
+        pytest.skip("240 experts take this provider minutes to compile; tried by hand")
+    with edgert.load(device=f"onnx:{provider}", context=256) as model:
+        answer = model.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
+        assert answer.text == "The capital of France is Paris."
+        assert model._open().engine.device.name == f"onnx:{provider}"
+
+
+def test_nothing_is_imported_until_asked() -> None:
+    code = (
+        "import sys, edgert; edgert.load(context=64, device='cpu').close();"
+        "sys.exit(any(name in sys.modules for name in ('onnx', 'onnxruntime')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_the_packages_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DeviceError, match=r"pip install 'edgert\[onnx\]'"):
+        onnx_runtime.available()
