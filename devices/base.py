@@ -97,8 +97,7 @@ class Device(Protocol):
     chunk: int  # most tokens of a step
     n_used: int  # experts that the step has used so far, each counted once a layer
 
-    @staticmethod
-    def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
         """What a model with matrices of these formats needs compiled: kernels, and how many integers each takes."""
 
     def add_layer(self, weights: LayerWeights) -> None:

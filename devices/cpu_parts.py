@@ -5,7 +5,7 @@ CpuAttention runs layers up to their experts and takes the sum that comes back; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,11 +40,16 @@ class _HotOnly(CpuDevice):
         x = self._rows["x"].floats[:n, : self.config.d_model]
         x += np.float32(self.config.residual_scale) * total
 
+    def state(self) -> Floats:
+        """The residual stream, (n_tokens, d_model)."""
+        return self._rows["x"].floats[: self._n_tokens, : self.config.d_model].copy()
+
 
 class CpuAttention:
     """All but routed experts; see devices.split.AttentionPart."""
 
     name = "cpu"
+    settings: Sequence[Any] = ()
 
     def __init__(self, config: ModelConfig, n_context: int, **options: Any) -> None:
         """Options as CpuDevice takes them."""
@@ -52,7 +57,7 @@ class CpuAttention:
         self.chunk, self.kernels = device.chunk, device.kernels
         self.add_layer, self.set_head, self.new_cache = device.add_layer, device.set_head, device.new_cache
         self.begin, self.head, self.close = device.begin, device.head, device.close
-        self.look_ahead = device.ahead
+        self.look_ahead, self.state = device.ahead, device.state
         n_expert = config.router.n_expert if config.router else 0
         self._tables = [device.new_table(n_expert) if n_expert else None] * config.n_layers
 
@@ -132,6 +137,7 @@ class CpuExperts:
     """Routed experts; see devices.split.ExpertPart."""
 
     name = "cpu"
+    settings: Sequence[Any] = ()
 
     def __init__(self, config: ModelConfig, **options: Any) -> None:
         """Options as CpuDevice takes them."""

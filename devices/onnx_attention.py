@@ -6,7 +6,7 @@ layer's graph begins by adding what the feed-forward half before it left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class OnnxAttention:
             raise OptionError(f"kv_type={kv_type!r} is not there on {settings.name}; use {' or '.join(CACHED)}")
         self.name, self.chunk, self.config = settings.name, chunk, config
         self._settings, self._n_context, self._kv_type = settings, n_context, kv_type
+        self.settings: Sequence[Settings] = (settings,)
         self._weights: list[LayerWeights] = []  # without their matrices, to know what graphs have
         self._calls: list[Call] = []
         self._routers: list[tuple[Floats, Floats] | None] = []  # norm and matrix, to look ahead on the host
@@ -166,6 +167,13 @@ class OnnxAttention:
         else:
             self._added["total"] = self._total.rows(0, self._n_tokens)
             self._added["total"].read()[:] = total
+
+    def state(self) -> Floats:
+        """The residual stream with all that the last layer added so far, a copy on the host."""
+        rows = self._stream.read().copy()
+        for added in self._added.values():
+            rows += np.float32(self.config.residual_scale) * added.read()
+        return rows
 
     def head(self, first_row: int = 0) -> Floats:
         """Logits (rows, n_vocab) of at most HEAD_ROWS tokens from `first_row` on; valid until the next call."""

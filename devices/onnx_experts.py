@@ -1,13 +1,13 @@
-"""Routed experts through ONNX Runtime: a session for each expert that is in RAM, several of them at work at a time.
+"""Routed experts through ONNX Runtime, several of them at work at a time.
 
-A session holds an expert's weights in the form that the provider multiplies fastest. Of an expert that lies in a record
-it is made when the expert is first used, and dropped when another takes its record's place.
+Each has its weights in the form that the provider multiplies fastest. Of an expert that lies in a record that form is
+made when the expert is first used, and dropped when another takes the record's place.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.devices.base import ExpertGroup, ExpertWeights, Routed, Table
-from edgert.devices.onnx_graphs import expert_graph, sum_graph
+from edgert.devices.onnx_forms import Forms, Run
+from edgert.devices.onnx_graphs import sum_graph
 from edgert.devices.onnx_runtime import Buffer, Call, Settings, View, session
 from edgert.quant.formats import Format, PackedPart
 from edgert.quant.unpacking import PackedMatrix
@@ -25,15 +26,15 @@ from edgert.types import Floats, ModelConfig
 
 @dataclass(eq=False)
 class _Expert:
-    """A row of a table: where the weights lie, if they lie in a record, and the session that has them, if there is one."""
+    """A row of a table: where the weights lie, if they lie in a record, and what runs them, once that is made."""
 
     parts: tuple[PackedPart, ...] = ()
     record: npt.NDArray[np.uint8] | None = None
-    call: Call | None = None
+    run: Run | None = None
 
 
 class _Places:
-    """Experts whose sessions were made from records, by the memory that these take."""
+    """Experts that were made from records, by the memory that these take."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []  # ascending; no two overlap
@@ -47,7 +48,7 @@ class _Places:
         self._experts.insert(at, expert)
 
     def drop(self, record: npt.NDArray[np.uint8]) -> None:
-        """Drop the sessions of experts whose records overlap this one."""
+        """Drop what was made of experts whose records overlap this one."""
         start = record.__array_interface__["data"][0]
         first = max(bisect.bisect(self._starts, start) - 1, 0)
         last = bisect.bisect_left(self._starts, start + len(record))
@@ -58,7 +59,7 @@ class _Places:
             if self._starts[at] + len(own) > start:
                 gone.append(at)
         for at in reversed(gone):
-            self._experts[at].call = None
+            self._experts[at].run = None
             del self._starts[at], self._experts[at]
 
 
@@ -68,8 +69,9 @@ class OnnxExperts:
     def __init__(self, config: ModelConfig, settings: Settings, *, chunk: int) -> None:
         c, memory = config, settings.provider.memory
         self.name, self._config, self._settings = settings.name, config, settings
-        self._places = _Places()
-        self._shared_threads = settings.threads if memory == "cpu" else 1  # experts that run side by side
+        self.settings: Sequence[Settings] = (settings,)
+        self._places, self._forms = _Places(), Forms(config, settings)
+        self._n_lanes = settings.threads if memory == "cpu" else 1  # experts that run side by side
         self._pool: ThreadPoolExecutor | None = None
         top_k = c.router.top_k if c.router else 0
         pairs = chunk * top_k
@@ -90,25 +92,21 @@ class OnnxExperts:
         return np.empty(n_expert, object)
 
     def pack_expert(self, weights: ExpertWeights) -> _Expert:
-        """An expert with a session of its own."""
-        return _Expert(call=self._call(weights))
+        """An expert in the provider's form."""
+        return _Expert(run=self._forms.make(weights))
 
     def place_expert(
         self, table: Table, expert: int, parts: tuple[PackedPart, ...], record: npt.NDArray[np.uint8]
     ) -> None:
-        """Make an expert of a table the record in a buffer; its session is made when it is first used."""
+        """Make an expert of a table the record in a buffer; the provider's form is made when it is first used."""
         self._places.drop(record)
         table[expert] = _Expert(parts, record)
-
-    def _call(self, weights: ExpertWeights) -> Call:
-        settings = replace(self._settings, threads=1)
-        return Call(session(expert_graph(self._config, weights, exact=settings.exact), settings))
 
     # ---- a layer -----------------------------------------------------------------------------------------------------
     def start(self, table: Table, inputs: Any, routed: Routed) -> None:
         """Begin a layer: rows (n_tokens, d_model), and which experts they go to."""
         self._table, self._routed = table, routed
-        n_pairs, (n, top_k) = len(routed.tokens), routed.routes.ids.shape
+        n_pairs, n = len(routed.tokens), len(routed.routes.ids)
         self._tokens.rows(0, n_pairs).read()[:] = routed.tokens
         places = self._places_of.rows(0, n).read()
         places.reshape(-1)[routed.slots] = np.arange(n_pairs)
@@ -123,32 +121,29 @@ class OnnxExperts:
         """Run a group of experts; all of it when down's weights are there."""
         if not group.phases & 2:
             return
-        rows = [self._ready(self._table[expert]) for expert in group.ids.tolist()]
-        work = list(zip(group.ids.tolist(), rows, strict=True))
-        n_lanes = min(self._shared_threads, len(work))
-        if n_lanes > 1:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._shared_threads - 1, "edgert-onnx")
-            others = [self._pool.submit(self._run, work[lane::n_lanes]) for lane in range(1, n_lanes)]
-            self._run(work[::n_lanes])
-            for other in others:
-                other.result()
-        else:
-            self._run(work)
+        work = [(expert, self._ready(self._table[expert])) for expert in group.ids.tolist()]
+        n_lanes = min(self._n_lanes if self._forms.own else 1, len(work))
+        if n_lanes > 1 and self._pool is None:
+            self._pool = ThreadPoolExecutor(self._n_lanes - 1, "edgert-onnx")
+        lanes = [work[lane::n_lanes] for lane in range(n_lanes)]
+        others = [self._pool.submit(self._run, lane) for lane in lanes[1:]] if self._pool else []
+        self._run(lanes[0] if lanes else [])
+        for other in others:
+            other.result()
 
-    def _ready(self, expert: _Expert) -> Call:
-        """The session of an expert, made now if it lies in a record."""
-        if expert.call is None:
+    def _ready(self, expert: _Expert) -> Run:
+        """What runs an expert, made now if it lies in a record."""
+        if expert.run is None:
             assert expert.record is not None
-            expert.call = self._call(ExpertWeights(*(PackedMatrix(part, expert.record) for part in expert.parts)))
+            expert.run = self._forms.make(ExpertWeights(*(PackedMatrix(part, expert.record) for part in expert.parts)))
             self._places.add(expert)
-        return expert.call
+        return expert.run
 
-    def _run(self, work: list[tuple[int, Call]]) -> None:
+    def _run(self, work: list[tuple[int, Run]]) -> None:
         first = self._routed.first
-        for expert, call in work:
+        for expert, run in work:
             start, count = int(first[expert]), int(first[expert + 1] - first[expert])
-            call(
+            run(
                 {"normed": self._rows, "tokens": self._tokens.rows(start, count)},
                 {"hidden": self._hidden.rows(start, count), "out": self._outputs.rows(start, count)},
             )

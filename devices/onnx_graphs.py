@@ -26,14 +26,15 @@ _INT8_PRODUCTS = 4  # MatMulNBits' accuracy_level: inputs may be rounded to 8 bi
 class Graph:
     """A graph under construction; values are known by their names."""
 
-    def __init__(self, *, exact: bool) -> None:
+    def __init__(self, *, exact: bool, open_weights: bool = False) -> None:
+        """exact: inputs are not rounded to 8 bits. open_weights: those of products are inputs, not constants."""
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._constants: list[Any] = []
         self._weights: dict[str, Array] = {}
         self._sums: dict[tuple[str, int], str] = {}  # of each block of an input, by its name and the block's size
-        self._exact, self._n_names = exact, 0
+        self._exact, self._open_weights, self._n_names = exact, open_weights, 0
 
     def _name(self) -> str:
         self._n_names += 1
@@ -75,6 +76,14 @@ class Graph:
         for key, value in (("location", "weights"), ("offset", "0"), ("length", str(array.nbytes))):
             tensor.external_data.add(key=key, value=value)
         self._constants.append(tensor)
+        return name
+
+    def weight(self, array: Array) -> str:
+        """Weights of a product."""
+        if not self._open_weights:
+            return self.constant(array)
+        name = self.input(f"weights{len(self._weights)}", array.dtype, *array.shape)
+        self._weights[name] = np.ascontiguousarray(array)
         return name
 
     def model(self) -> Model:
@@ -122,14 +131,14 @@ class Graph:
         bias = bias if bias is None or rows is None else bias[rows]
         added = () if bias is None else (self.constant(bias),)
         if not matrix.format.is_integer:
-            return self.op("Gemm", x, self.constant(floats(matrix, rows)), *added, transB=1)
+            return self.op("Gemm", x, self.weight(floats(matrix, rows)), *added, transB=1)
         w = blocks(matrix, rows)
         n_out, n_in = matrix.shape
         y = self.op(
             "MatMulNBits",
             x,
-            self.constant(w.integers),
-            self.constant(w.scales),
+            self.weight(w.integers),
+            self.weight(w.scales),
             domain="com.microsoft",
             K=n_in,
             N=n_out,
@@ -139,7 +148,7 @@ class Graph:
         )
         if w.minima is not None:
             sums = self._block_sums(x, w.block)
-            y = self.op("Add", y, self.op("Gemm", sums, self.constant(w.minima), transB=1))
+            y = self.op("Add", y, self.op("Gemm", sums, self.weight(w.minima), transB=1))
         return y if bias is None else self.op("Add", y, *added)
 
     def _block_sums(self, x: str, block: int) -> str:
@@ -262,7 +271,7 @@ def _attention(g: Graph, c: ModelConfig, weights: LayerWeights, normed: str, kv_
 def _heads(
     g: Graph, c: ModelConfig, normed: str, linear: Linear, norm: Floats | None, n_heads: int, angles: list[str]
 ) -> str:
-    """Queries or keys: projected, normed and rotated, (n, n_heads, d_head), the pairs of a rotation half a turn apart."""
+    """Queries or keys: projected, normed and rotated, (n, n_heads, d_head); pairs of a rotation half of it apart."""
     order = half_split(n_heads, c.d_head, c.rope.n_rotated) if c.rope.kind == "norm" else None
     rows = g.linear(normed, linear, order)
     if norm is not None and order is not None:
@@ -299,9 +308,12 @@ def _routes(g: Graph, c: ModelConfig, scores: str) -> None:
 
 
 # ---- experts and head ------------------------------------------------------------------------------------------------
-def expert_graph(c: ModelConfig, weights: ExpertWeights, *, exact: bool) -> Model:
-    """One expert. Inputs: normed (n, d_model), tokens int64 (rows,). Outputs: hidden (rows, d_expert), out (..., d_model)."""
-    g = Graph(exact=exact)
+def expert_graph(c: ModelConfig, weights: ExpertWeights, *, exact: bool, open_weights: bool = False) -> Model:
+    """One expert. Inputs: normed (n, d_model), tokens int64 (rows,); with open_weights, all its weights, by name.
+
+    Outputs: hidden (rows, d_expert), out (rows, d_model).
+    """
+    g = Graph(exact=exact, open_weights=open_weights)
     x = g.op("Gather", g.input("normed", np.float32, "n", c.d_model), g.input("tokens", np.int64, "rows"))
     hidden, out = g.network(x, weights, c.activation)
     g.output(g.op("Identity", hidden, name="hidden"), np.float32, "rows", c.d_expert)

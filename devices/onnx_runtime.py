@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Settings:
     provider: Provider
     threads: int = 1
     exact: bool = False
-    strict: bool = True  # refuse a graph of which another provider would get a part
+    graphs: set[bytes] = field(default_factory=set, compare=False)  # all that were made; weights are not in them
 
     @property
     def name(self) -> str:
@@ -123,8 +124,12 @@ class Model:
     weights: Mapping[str, Array] = field(default_factory=dict)
 
 
-def session(model: Model, settings: Settings) -> Any:
-    """An InferenceSession. DeviceError where the provider does not take the whole graph, or takes none of it."""
+def session(model: Model, settings: Settings, *, profile: Path | None = None) -> Any:
+    """An InferenceSession; profile: how the names of files begin that say what ran where.
+
+    DeviceError where the provider cannot be started or the graph not be read. Of what the provider does not take ONNX
+    Runtime gives the CPU its part: see onnx_placement.
+    """
     ort = runtime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what is wrong is said by the exceptions
@@ -133,8 +138,8 @@ def session(model: Model, settings: Settings) -> Any:
     options.enable_cpu_mem_arena = False  # there is a session for each layer and expert: each would keep its largest
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are others' too
     provider = settings.provider
-    if settings.strict and provider.name != "cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if model.weights:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in model.weights.values()]
         options.add_external_initializers(list(model.weights), values)
@@ -152,6 +157,7 @@ def session(model: Model, settings: Settings) -> Any:
             f"onnx:{provider.name} could not be started, {made.get_providers()[0]} took its place; "
             "install what the provider needs, or use another --device"
         )
+    settings.graphs.add(model.graph)
     return made
 
 
@@ -183,6 +189,10 @@ class Buffer:
         """Some rows, along the first axis."""
         assert 0 <= first and 0 < count and first + count <= self.shape[0], (first, count, self.shape)
         return View(self, self.address + first * self._row_bytes, (count, *self.shape[1:]))
+
+    def whole(self) -> View:
+        """All of it."""
+        return View(self, self.address, self.shape)
 
     def shaped(self, *shape: int) -> View:
         """The beginning, in another shape."""

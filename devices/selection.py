@@ -1,13 +1,13 @@
 """From the text of `--device` to a device: one name for the whole model, or a name for each of its two parts.
 
-auto, cpu, reference, onnx:PROVIDER, a provider's bare name, or attention=NAME,experts=NAME. A device's code is imported
-when it is made.
+auto, cpu, reference, onnx:PROVIDER, a provider's bare name, or attention=NAME,experts=NAME; with a ! behind, it is used
+though verification has found it wrong. A device's code is imported when it is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from edgert.devices.base import CHUNK, Device
@@ -26,6 +26,13 @@ class Selection:
 
     attention: str
     experts: str
+    forced: bool = False  # use it though verification has found it wrong
+
+    @property
+    def name(self) -> str:
+        """What `--device` takes for it."""
+        same = self.attention == self.experts
+        return self.attention if same else f"attention={self.attention},experts={self.experts}"
 
     @property
     def onnx(self) -> bool:
@@ -87,6 +94,8 @@ def _experts(name: str, config: ModelConfig, options: Mapping[str, Any]) -> Expe
 
 def parse(text: str) -> Selection:
     """What `--device` says. OptionError for a name that is none, or a part named twice or not at all."""
+    if text.endswith("!"):
+        return replace(parse(text[:-1]), forced=True)
     if "=" not in text:
         name = _name(text, text)
         return Selection(name, name)
@@ -94,7 +103,7 @@ def parse(text: str) -> Selection:
     named = dict(pairs)
     if len(named) < len(pairs) or set(named) != set(_PARTS):
         raise OptionError(f"device={text!r}: name both parts once, as in attention=onnx:cuda,experts=cpu")
-    found = Selection(*(_name(named[part], text) for part in _PARTS))
+    found = Selection(_name(named["attention"], text), _name(named["experts"], text))
     if "reference" in (found.attention, found.experts) and found.attention != found.experts:
         raise OptionError(f"device={text!r}: the reference device has no parts; use it for all, or cpu and onnx:NAME")
     return found

@@ -7,6 +7,7 @@ as the device has them: as an array, or as something whose `read` copies them to
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ class AttentionPart(Protocol):
 
     name: str
     chunk: int
+    settings: Sequence[Any]  # how its sessions are made, if it has any
 
     def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]: ...
     def add_layer(self, weights: LayerWeights) -> None: ...
@@ -42,6 +44,10 @@ class AttentionPart(Protocol):
     def take(self, total: Any) -> None:
         """Take the weighted sum (n_tokens, d_model) of that layer's experts, to be added to the residual stream."""
 
+    def state(self) -> Floats:
+        """A copy of the residual stream (n_tokens, d_model); whether a layer's shared expert is in it before `take`
+        is the part's affair."""
+
     def head(self, first_row: int = 0) -> Floats: ...
     def close(self) -> None: ...
 
@@ -50,6 +56,7 @@ class ExpertPart(Protocol):
     """Routed experts. Methods not described here are those of devices.base.Device."""
 
     name: str
+    settings: Sequence[Any]
 
     def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]: ...
     def new_table(self, n_expert: int) -> Table: ...
@@ -76,6 +83,18 @@ def on_host(rows: Any) -> Floats:
     return found
 
 
+@dataclass
+class Seen:
+    """What a layer made of a step's rows, (n_tokens, d_model) each. before and after: the residual stream, the second
+    without what routed experts add; inputs, routes and total, what they add, are None where there are none."""
+
+    before: Floats
+    after: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    inputs: Floats | None = None
+    routes: Routes | None = None
+    total: Floats | None = None
+
+
 class SplitDevice:
     """Device made of parts; see devices.base.Device."""
 
@@ -83,7 +102,9 @@ class SplitDevice:
         self.config, self._attention, self._experts = config, attention, experts
         same = attention.name == experts.name
         self.name = attention.name if same else f"attention={attention.name},experts={experts.name}"
+        self.settings = [*attention.settings, *experts.settings]  # of the sessions, where there are any
         self.chunk, self.n_used = attention.chunk, 0
+        self.witness: list[Seen] | None = None  # where to note what the layers of a step make, if anybody wants it
         self.add_layer, self.set_head, self.new_cache = attention.add_layer, attention.set_head, attention.new_cache
         self.new_table, self.pack_expert = experts.new_table, experts.pack_expert
         self.place_expert, self.head = experts.place_expert, attention.head
@@ -116,9 +137,16 @@ class SplitDevice:
     ) -> int:
         """Layers from `first` on, up to one that lacks an expert; see devices.base.Device."""
         for layer in range(first, self.config.n_layers):
+            seen = None if self.witness is None else Seen(self._attention.state())
             routes = self._attention.attend(layer, cache, start, n_ahead)
+            if self.witness is not None and seen is not None:
+                seen.after = self._attention.state()
+                self.witness.append(seen)
             if routes is None:
                 continue
+            if seen is not None:
+                seen.inputs = on_host(self._attention.inputs()).copy()
+                seen.routes = Routes(routes.ids.copy(), routes.weights.copy(), routes.order)
             table = tables[layer]
             assert table is not None, f"layer {layer} has routes but no experts"
             self._routed = Routed(routes, *pairs_reference(routes.ids, len(table)))
@@ -160,7 +188,14 @@ class SplitDevice:
 
     def combine(self, layer: int) -> None:
         """Add the weighted expert outputs, and the shared one, to the residual stream."""
-        self._attention.take(self._experts.total())
+        total = self._experts.total()
+        if self.witness is not None:
+            self.witness[-1].total = on_host(total).copy()
+        self._attention.take(total)
+
+    def state(self) -> Floats:
+        """A copy of the residual stream, (n_tokens, d_model)."""
+        return self._attention.state()
 
     def close(self) -> None:
         """Give back threads and memory."""

@@ -166,6 +166,8 @@ def load_parts(
             experts = AllResident(made, weights.load_into(made, progress))
         engine = Engine(config, made, experts, weights.embed)
         engine.pace = cooler.look if cooler is not None else None
+        if selected.onnx and jit.JIT_ENABLED:  # without compiled kernels there is nothing to hold it against
+            _verify(selected, engine, session, weights, tokenizer, kv_type, activations, threads, progress)
         if trace is not None:
             streaming.record_routes(engine, weights, Path(trace), held)
         file_pages.release(dropping=budget.strict)
@@ -184,6 +186,26 @@ def load_parts(
             held.pop_all(),
             cooler,
         )
+
+
+def _verify(
+    selected: Selection,
+    engine: Engine,
+    session: Session,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    kv_type: str,
+    activations: str,
+    threads: int | None,
+    progress: Progress,
+) -> None:
+    """Hold a device that is not edgert's own against the CPU device, or find that this was done before."""
+    from edgert.verifying import PROMPT, Verifier
+
+    formats = [format.name for format in weights.formats()]
+    model = streaming.model_key(weights.file.metadata, engine.config)
+    verifier = Verifier(selected, model, formats, kv_type=kv_type, activations=activations)
+    verifier.ensure(engine, session, weights, tokenizer.encode(PROMPT), threads, progress)
 
 
 def open_model(path: Path) -> TensorFile | Bundle:

@@ -25,6 +25,8 @@ pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 import edgert
 from edgert.devices import onnx_runtime
+from edgert.devices.base import ExpertWeights
+from edgert.devices.onnx_forms import Forms
 from edgert.devices.onnx_weights import blocks, floats, half_split
 from edgert.devices.selection import parse
 from edgert.errors import DeviceError, OptionError
@@ -206,8 +208,25 @@ def test_sessions_of_streamed_experts_go_when_others_take_their_places(tmp_path:
     with bundle, Host(bundle, device=device("onnx:cpu")) as host:
         engine, session, experts = host.streamed(share=0.25)
         answer(engine, session, list(range(40)), 1, 10)
-        alive = sum(row.call is not None for table in experts.residency.tables for row in table)
+        alive = sum(row.run is not None for table in experts.residency.tables for row in table)
         assert 0 < alive <= len(experts.slots.memory) // int(bundle.record_bytes.min())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_experts_whose_weights_are_inputs_give_the_same(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Forms, "_decide", lambda self, weights: own)
+    path, expected = golden("olmoe-q4_1")
+    found = on("onnx:cpu", path, expected["tokens"].tolist())
+    assert np.abs(found - expected["logits_dequant"]).max() <= F32_BOUND
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_faster_form_is_chosen(provider: str) -> None:
+    c = config(256, 512, (4, 2), 16, (4, 2), 0)
+    parts = [random_matrix(FORMATS["int4"], *shape, seed=7) for shape in ((512, 256), (512, 256), (256, 512))]
+    forms = Forms(c, onnx_runtime.settings_for(provider, 1, "int8"))
+    forms.make(ExpertWeights(*parts))
+    assert forms.own  # by far on the CPU's; the only one on OpenVINO's
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -254,12 +273,12 @@ def test_names_of_devices() -> None:
 
 
 def test_a_provider_that_is_not_installed_is_refused_with_those_that_are() -> None:
-    with pytest.raises(DeviceError, match="onnx:tensorrt is not there.*onnx:cpu"):
+    with pytest.raises(DeviceError, match=r"onnx:tensorrt is not there.*onnx:cpu"):
         edgert.load(golden_path("olmoe-q4_0"), device="tensorrt")
 
 
 def test_a_type_of_cache_that_is_not_there_is_refused() -> None:
-    with pytest.raises(OptionError, match="int8.*f16 or f32"):
+    with pytest.raises(OptionError, match=r"int8.*f16 or f32"):
         edgert.load(device="onnx:cpu", kv_type="int8", context=64)
 
 

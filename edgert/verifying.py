@@ -1,0 +1,223 @@
+"""Trust in a device, earned once: on first use its graphs are held against the CPU device, and the verdict is kept.
+
+One JSON file a verdict in the user's cache folder, by what could change it: device, versions, driver, model, precision,
+and edgert's own code for it. What was measured of a device's speed by `edgert bench` is kept with it, for `auto`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgert.devices.onnx_runtime import Settings
+from edgert.devices.selection import Selection
+from edgert.devices.split import SplitDevice
+from edgert.devices.verification import Findings, Source, Step, compare
+from edgert.engine import Engine, Session
+from edgert.errors import DeviceError
+from edgert.types import Floats
+from edgert.weights import Progress
+
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
+_MOST_TOKENS = 16  # of the prompt
+_RANDOM_ROWS = 8
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
+_DRIVERS = ("/proc/driver/nvidia/version", "/etc/nv_tegra_release")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verification found of a device with a model. errors: shares by kind of graph. fallen: operators that another
+    provider ran. problems: why the device is not trusted; empty if it is. speed: tokens a second, as bench measured."""
+
+    device: str
+    runtime: str
+    driver: str
+    model: str
+    precision: str
+    date: str
+    errors: dict[str, float]
+    divergence: float
+    fallen: dict[str, int]
+    problems: tuple[str, ...]
+    speed: float | None = None
+
+    @property
+    def line(self) -> str:
+        """The figures in a line."""
+        if self.problems:
+            return "; ".join(self.problems)
+        kind, worst = max(self.errors.items(), key=lambda one: one[1], default=("graphs", 0.0))
+        return f"largest error {100 * worst:.2g} % ({kind}), predictions diverge by {self.divergence:.1e} nats a token"
+
+
+def folder() -> Path:
+    """$XDG_CACHE_HOME/edgert/verdicts, or ~/.cache/edgert/verdicts; RuntimeError for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "edgert" / "verdicts"
+
+
+def verdicts() -> Iterator[Verdict]:
+    """All that are kept, the newest first; what is damaged is left out."""
+    found = []
+    with contextlib.suppress(OSError, RuntimeError):
+        for path in folder().glob("*.json"):
+            verdict = _read(path)
+            if verdict is not None:
+                found.append(verdict)
+    yield from sorted(found, key=lambda verdict: verdict.date, reverse=True)
+
+
+def _read(path: Path) -> Verdict | None:
+    try:
+        document = json.loads(path.read_text())
+        return Verdict(**(document | {"problems": tuple(document["problems"])}))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def runtime_version() -> str:
+    """The package of ONNX Runtime that is installed, and its version."""
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    from edgert.devices.onnx_runtime import runtime
+
+    return f"onnxruntime {runtime().__version__}"  # built by hand
+
+
+def _driver() -> str:
+    """The first line of what the system says of an NVIDIA driver or a Jetson's release; empty elsewhere."""
+    for name in _DRIVERS:
+        with contextlib.suppress(OSError):
+            return Path(name).read_text().partition("\n")[0]
+    return ""
+
+
+def _code() -> str:
+    """A digest of edgert's own code for graphs."""
+    from edgert import devices
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(next(iter(devices.__path__))).glob("onnx_*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Verifier:
+    """Verifies one model on one device, or finds that this was done before."""
+
+    def __init__(
+        self, selection: Selection, model: str, formats: Sequence[str], *, kv_type: str, activations: str
+    ) -> None:
+        self._selection, self._kv_type, self._activations = selection, kv_type, activations
+        self._verdict = Verdict(
+            device=selection.name,
+            runtime=runtime_version(),
+            driver=_driver(),
+            model=model,
+            precision=f"{activations} inputs, {kv_type} cache",
+            date=datetime.date.today().isoformat(),
+            errors={},
+            divergence=0.0,
+            fallen={},
+            problems=(),
+        )
+        facts = (selection.name, self._verdict.runtime, self._verdict.driver, model, *formats, kv_type, activations)
+        self._key = hashlib.sha256("\n".join((*facts, _code())).encode()).hexdigest()[:32]
+
+    def ensure(
+        self, engine: Engine, session: Session, source: Source, tokens: list[int], threads: int | None, report: Progress
+    ) -> Verdict:
+        """The verdict, found now if it is not kept. DeviceError: the device is not to be trusted, and not forced."""
+        kept = None
+        with contextlib.suppress(RuntimeError):
+            kept = _read(folder() / f"{self._key}.json")
+        verdict = kept or self._verify(engine, session, source, tokens, threads, report)
+        if kept is None:
+            self._keep(verdict)
+        if verdict.problems and not self._selection.forced:
+            raise DeviceError(
+                f"{verdict.device} ({verdict.runtime}) is not to be trusted with this model: {verdict.line}; "
+                f"use another --device, or --device {verdict.device}! to use it all the same"
+            )
+        return verdict
+
+    def _verify(
+        self, engine: Engine, session: Session, source: Source, tokens: list[int], threads: int | None, report: Progress
+    ) -> Verdict:
+        device, stage = engine.device, f"verifying {self._selection.name} against the CPU, once"
+        assert isinstance(device, SplitDevice)
+        report(stage, 0.0)
+        prompt = tokens[:_MOST_TOKENS]
+        random = np.random.default_rng(20).standard_normal((_RANDOM_ROWS, engine.config.d_model), dtype=np.float32)
+        texts = [
+            _noted(engine, device, session, [engine.embed(prompt[:-1]), engine.embed(prompt[-1:])]),
+            _noted(engine, device, session, [random[:-1], random[-1:]]),
+        ]
+        found = compare(
+            texts,
+            engine.config,
+            source,
+            kv_type=self._kv_type,
+            activations=self._activations,
+            threads=threads,
+            attention=self._selection.attention != "cpu",
+            progress=lambda fraction: report(stage, fraction),
+        )
+        return self._judged(found, _fallen(device.settings))
+
+    def _judged(self, found: Findings, fallen: dict[str, int]) -> Verdict:
+        problems = found.problems(self._activations)
+        if fallen:
+            counted = ", ".join(f"{count} of {name}" for name, count in fallen.items())
+            problems.append(f"it leaves nodes to another provider: {counted}")
+        return replace(
+            self._verdict, errors=found.errors, divergence=found.divergence, fallen=fallen, problems=tuple(problems)
+        )
+
+    def _keep(self, verdict: Verdict) -> None:
+        """Write the verdict; a folder that cannot be written means that it is found again next time."""
+        with contextlib.suppress(OSError, RuntimeError):
+            folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+            aside = folder() / f".{self._key}.{os.getpid()}.part"
+            aside.write_text(json.dumps(asdict(verdict), indent=1))
+            os.replace(aside, folder() / f"{self._key}.json")
+
+
+def _noted(engine: Engine, device: SplitDevice, session: Session, parts: list[Floats]) -> list[Step]:
+    """Run rows as a text of their own, some at a time; what each layer made of them."""
+    steps: list[Step] = []
+    embed = engine.embed
+    session.tokens.clear()
+    try:
+        for rows in parts:
+            device.witness = []
+            engine.embed = lambda ids, rows=rows: rows  # type: ignore[misc]   # bound early
+            engine.step([0] * len(rows), session)
+            noted, device.witness = device.witness, None
+            last = device.state()
+            steps.append(Step(rows, noted, last, np.concatenate([part.copy() for part in engine.logits(len(rows))])))
+    finally:
+        engine.embed, device.witness = embed, None
+        session.tokens.clear()
+    return steps
+
+
+def _fallen(settings: Sequence[Settings]) -> dict[str, int]:
+    from edgert.devices.onnx_placement import fallen
+
+    found: dict[str, int] = {}
+    for one in settings:
+        for name, count in fallen(sorted(one.graphs), one).items():
+            found[name] = found.get(name, 0) + count
+    return found

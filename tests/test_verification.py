@@ -1,0 +1,149 @@
+"""Verification of devices: a sound one is trusted for good, a wrong one and one that leaves work are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_moe
+
+pytest.importorskip("onnx", reason="the extra onnx is not installed")
+pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+import edgert
+from edgert import verifying
+from edgert.devices import onnx_attention, onnx_experts, onnx_forms, onnx_runtime
+from edgert.devices.onnx_placement import fallen
+from edgert.devices.verification import Findings
+from edgert.errors import DeviceError
+
+PROVIDERS = [provider.name for provider in onnx_runtime.available()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_moe.write(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of verdicts of the test's own; kernels stay where they are."""
+    monkeypatch.setattr(verifying, "folder", lambda: tmp_path / "verdicts")
+    yield tmp_path / "verdicts"
+
+
+def load(model: Path, device: str, **options: Any) -> None:
+    edgert.load(model, device=device, context=64, **options).close()
+
+
+@pytest.mark.parametrize("activations", ["int8", "f32"])
+@pytest.mark.parametrize("device", ["onnx:cpu", "attention=onnx:cpu,experts=cpu", "attention=cpu,experts=onnx:cpu"])
+def test_a_sound_device_is_trusted_and_not_asked_again(
+    model: Path, device: str, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(model, device, activations=activations)
+    (verdict,) = verifying.verdicts()
+    assert verdict.device == device and not verdict.problems and not verdict.fallen
+    assert verdict.errors["experts"] < 1e-2 and verdict.divergence < 1e-3
+    assert ("head" in verdict.errors) == (not device.startswith("attention=cpu"))
+    monkeypatch.setattr(verifying, "compare", None)
+    load(model, device, activations=activations)
+
+
+def test_streamed_experts_are_verified_too(model: Path, tmp_path: Path) -> None:
+    bundle = edgert.pack.pack(model, tmp_path / "tiny.edge", progress=lambda stage, fraction: None)
+    load(bundle, "onnx:cpu", residency=0.5)
+    (verdict,) = verifying.verdicts()
+    assert not verdict.problems and verdict.errors["experts"] < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("part", "output", "words"),
+    [
+        (onnx_experts, "out", "experts is off by"),
+        (onnx_experts, "total", "experts is off by"),
+        (onnx_attention, "normed", "attention is off by"),
+        (onnx_attention, "new_x", "attention is off by"),
+        (onnx_attention, "weights", "router is off by"),
+        (onnx_attention, "new_keys", "attention is off by"),
+        (onnx_attention, "logits", "head is off by"),
+    ],
+)
+def test_a_provider_with_wrong_numbers_is_refused_with_the_figure(
+    model: Path, part: Any, output: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(onnx_runtime.Call):
+        """Nearly right: one output is a tenth too large."""
+
+        def __call__(self, inputs: Any, outputs: Any) -> None:
+            super().__call__(inputs, outputs)
+            if output in outputs:
+                outputs[output].read()[...] *= outputs[output].buffer.dtype.type(1.1)
+
+    monkeypatch.setattr(part, "Call", Wrong)
+    if part is onnx_experts:
+        monkeypatch.setattr(onnx_forms, "Call", Wrong)
+    with pytest.raises(DeviceError, match=f"not to be trusted.*{words}.*onnx:cpu! to use it"):
+        load(model, "onnx:cpu")
+    with pytest.raises(DeviceError, match=words):  # the verdict is kept
+        load(model, "onnx:cpu")
+    load(model, "onnx:cpu!")
+
+
+@pytest.mark.skipif("azure" not in PROVIDERS, reason="this onnxruntime has no provider that takes nothing")
+def test_a_provider_that_leaves_its_work_to_the_cpu_is_refused_by_name(model: Path) -> None:
+    with pytest.raises(DeviceError, match=r"leaves nodes to another provider: .*MatMul on CPUExecutionProvider"):
+        load(model, "onnx:azure")
+    (verdict,) = verifying.verdicts()
+    assert not any("off by" in problem for problem in verdict.problems)  # the numbers are the CPU's
+    load(model, "onnx:azure!")
+
+
+def test_a_provider_that_cannot_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = onnx_runtime.Provider("absent", "CUDAExecutionProvider")
+    monkeypatch.setattr(onnx_runtime, "available", lambda: [absent])
+    graph = next(iter(_one_graph()))
+    with pytest.warns(UserWarning, match="not in available"):
+        with pytest.raises(DeviceError, match="absent could not be started, CPUExecutionProvider took its place"):
+            onnx_runtime.session(onnx_runtime.Model(graph), onnx_runtime.settings_for("absent", 1, "f32"))
+
+
+def _one_graph() -> set[bytes]:
+    import numpy as np
+
+    from edgert.devices.onnx_graphs import Graph
+
+    g = Graph(exact=True)
+    x = g.input("x", np.float32, "n", 4)
+    g.output(g.op("Add", x, x, name="y"), np.float32, "n", 4)
+    return {g.model().graph}
+
+
+def test_what_runs_where_is_read_back() -> None:
+    graphs = _one_graph()
+    assert not fallen(graphs, onnx_runtime.settings_for("cpu", 1, "f32"))
+    if "azure" in PROVIDERS:
+        settings = onnx_runtime.settings_for("azure", 1, "f32")
+        assert fallen(graphs, settings) == {"Add on CPUExecutionProvider": 1}
+
+
+def test_problems_are_what_is_beyond_its_bound() -> None:
+    sound = Findings({"attention": 1e-4, "experts": 2e-4}, 1e-6, 0.0)
+    assert sound.problems("f32") == [] == sound.problems("int8")
+    wrong = Findings({"attention": 0.3, "experts": float("inf")}, float("inf"), 0.5)
+    assert len(wrong.problems("int8")) == 4
+    assert Findings({"experts": 0.02}, 1e-3, 0.0).problems("int8") == []
+    assert "experts is off by 2 % (at most 0.1 %)" in Findings({"experts": 0.02}, 1e-6, 0.0).problems("f32")
+
+
+def test_damaged_verdicts_count_as_none(kept: Path, model: Path) -> None:
+    load(model, "onnx:cpu")
+    (path,) = kept.glob("*.json")
+    for damage in ("", "[]", json.dumps({"device": "onnx:cpu"})):
+        path.write_text(damage)
+        assert list(verifying.verdicts()) == []
+        load(model, "onnx:cpu")
+        assert len(list(verifying.verdicts())) == 1
