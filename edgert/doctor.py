@@ -20,6 +20,7 @@ from edgert import machine
 from edgert.cache import cache_folder, cached_models
 from edgert.devices import cores
 from edgert.doctor_board import board_findings
+from edgert.doctor_devices import device_findings
 from edgert.doctor_memory import gib, memory_findings
 from edgert.errors import ModelFileError, OptionError
 from edgert.findings import Finding
@@ -159,6 +160,7 @@ def findings(root: Path = Path("/")) -> Iterator[Finding]:
     yield from memory_findings(root)
     yield from board_findings(root)
     yield from _software()
+    yield from device_findings()
     yield from _cache()
 
 

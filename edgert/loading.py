@@ -116,7 +116,8 @@ def load_parts(
     power: str = MODES[0],
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
-    path, selected = resolve(path_or_name), selection.parse(device)
+    path = resolve(path_or_name)
+    selected = selection.parse(_fastest(path) if device == "auto" else device)
     streaming.check_options(policy, prefetch)
     check_power(power)
     share = None if residency is None else parse_share(residency)
@@ -186,6 +187,18 @@ def load_parts(
             held.pop_all(),
             cooler,
         )
+
+
+def _fastest(path: Path) -> str:
+    """The device that answered this model fastest, where that was measured and it is still trusted; else "auto"."""
+    from edgert.device_speed import OWN, speeds_of
+
+    speeds = speeds_of(path)
+    if speeds is None or speeds.fastest == OWN:
+        return "auto"
+    from edgert.verifying import is_trusted
+
+    return speeds.fastest if is_trusted(speeds.fastest) else "auto"
 
 
 def _verify(

@@ -1,7 +1,7 @@
 """Trust in a device, earned once: on first use its graphs are held against the CPU device, and the verdict is kept.
 
 One JSON file a verdict in the user's cache folder, by what could change it: device, versions, driver, model, precision,
-and edgert's own code for it. What was measured of a device's speed by `edgert bench` is kept with it, for `auto`.
+and edgert's own code for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DRIVERS = ("/proc/driver/nvidia/version", "/etc/nv_tegra_release")
 @dataclass(frozen=True)
 class Verdict:
     """What verification found of a device with a model. errors: shares by kind of graph. fallen: operators that another
-    provider ran. problems: why the device is not trusted; empty if it is. speed: tokens a second, as bench measured."""
+    provider ran. problems: why the device is not trusted; empty if it is."""
 
     device: str
     runtime: str
@@ -49,7 +49,6 @@ class Verdict:
     divergence: float
     fallen: dict[str, int]
     problems: tuple[str, ...]
-    speed: float | None = None
 
     @property
     def line(self) -> str:
@@ -75,6 +74,14 @@ def verdicts() -> Iterator[Verdict]:
             if verdict is not None:
                 found.append(verdict)
     yield from sorted(found, key=lambda verdict: verdict.date, reverse=True)
+
+
+def is_trusted(device: str) -> bool:
+    """Whether a device was verified with what is installed now, on some model, and not refused since."""
+    for verdict in verdicts():
+        if (verdict.device, verdict.runtime, verdict.driver) == (device, runtime_version(), _driver()):
+            return not verdict.problems
+    return False
 
 
 def _read(path: Path) -> Verdict | None:

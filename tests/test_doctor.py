@@ -49,7 +49,14 @@ def machine(root: Path, **files: str) -> dict[str, doctor.Finding]:
 
 def test_findings_of_this_machine() -> None:
     found = list(doctor.findings())
-    assert [*dict.fromkeys(finding.area for finding in found)] == ["processor", "memory", "board", "software", "cache"]
+    assert [*dict.fromkeys(finding.area for finding in found)] == [
+        "processor",
+        "memory",
+        "board",
+        "software",
+        "devices",
+        "cache",
+    ]
     assert all(finding.value and finding.reason for finding in found)
 
 

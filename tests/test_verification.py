@@ -14,7 +14,8 @@ pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 import edgert
-from edgert import verifying
+from edgert import device_speed, doctor, verifying
+from edgert.device_speed import record_speed, speeds_of
 from edgert.devices import onnx_attention, onnx_experts, onnx_forms, onnx_runtime
 from edgert.devices.onnx_placement import fallen
 from edgert.devices.verification import Findings
@@ -32,6 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of verdicts of the test's own; kernels stay where they are."""
     monkeypatch.setattr(verifying, "folder", lambda: tmp_path / "verdicts")
+    monkeypatch.setattr(device_speed, "folder", lambda: tmp_path / "verdicts")
     yield tmp_path / "verdicts"
 
 
@@ -147,3 +149,43 @@ def test_damaged_verdicts_count_as_none(kept: Path, model: Path) -> None:
         assert list(verifying.verdicts()) == []
         load(model, "onnx:cpu")
         assert len(list(verifying.verdicts())) == 1
+
+
+# ---- which device is taken -------------------------------------------------------------------------------------------
+def device_of(model: Path) -> str:
+    with edgert.load(model, context=64) as opened, opened.held() as parts:
+        return parts.engine.device.name
+
+
+def test_auto_takes_what_was_measured_to_be_faster_while_it_is_trusted(model: Path, kept: Path) -> None:
+    assert device_of(model) == "cpu"
+    record_speed(model, "onnx:cpu", 50.0)
+    assert device_of(model) == "cpu"  # not measured itself
+    record_speed(model, "cpu", 30.0)
+    assert device_of(model) == "cpu"  # the other is not verified
+    load(model, "onnx:cpu")
+    assert device_of(model) == "onnx:cpu"
+    findings = [finding for finding in doctor.findings() if finding.area == "devices"]
+    assert ("onnx:cpu", "verified") in [(finding.name, finding.value) for finding in findings]
+    (auto,) = (finding for finding in findings if finding.name == "auto")
+    assert auto.value == "onnx:cpu" and "onnx:cpu 50 tok/s, cpu 30 tok/s" in auto.reason
+    record_speed(model, "cpu", 60.0)
+    assert device_of(model) == "cpu"
+
+
+def test_doctor_says_what_was_refused_and_what_nobody_has_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_runtime, "PROVIDERS", onnx_runtime.PROVIDERS | {"tpu": onnx_runtime.Provider("tpu", "X")})
+    monkeypatch.setattr(onnx_runtime.runtime(), "get_available_providers", lambda: ["X", "CPUExecutionProvider"])
+    (tpu,) = (finding for finding in doctor.findings() if finding.name == "onnx:tpu")
+    assert tpu.value == "unverified" and "tests have not run on it" in tpu.reason
+
+
+def test_damaged_speeds_count_as_none(model: Path, kept: Path) -> None:
+    record_speed(model, "cpu", 30.0)
+    (path,) = (kept.parent / "speeds").glob("*.json")
+    for damage in ("", "[]", '{"path": "m", "devices": {}}', '{"path": "m", "devices": {"cpu": -1}}'):
+        path.write_text(damage)
+        assert speeds_of(model) is None
+    record_speed(model, "cpu", 20.0)
+    found = speeds_of(model)
+    assert found is not None and found.devices == {"cpu": 20.0}

@@ -99,10 +99,24 @@ def bench(
         runtime |= {"residency": shares[0]} if shares else {}
         runtime |= {"policy": policies[0]} if policies else {}
         with output.open_model(model, runtime) as opened:
-            document = _run(opened, tests, repetitions, runtime.get("memory")).as_json()
+            found = _run(opened, tests, repetitions, runtime.get("memory"))
+            document = found.as_json()
+            if not shares:
+                _note_speed(opened, found)
     if not json:
         bench_tables.show(document)
     output.write_json(document, in_one_line=True)
+
+
+def _note_speed(model: Model, report: Report) -> None:
+    """Keep how fast the device answers, for `--device auto`."""
+    from edgert.device_speed import record_speed
+
+    with model.held() as parts:
+        device = parts.engine.device.name
+    for result in report.results:
+        if result.test.kind == "generate" and not result.test.depth:
+            record_speed(model.path, device, result.test.n_tokens / result.seconds)
 
 
 def _curve(
