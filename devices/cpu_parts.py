@@ -136,7 +136,7 @@ class _ExpertsOnly(CpuDevice):
 class CpuExperts:
     """Routed experts; see devices.split.ExpertPart."""
 
-    name = "cpu"
+    name, layer = "cpu", 0
     settings: Sequence[Any] = ()
 
     def __init__(self, config: ModelConfig, **options: Any) -> None:

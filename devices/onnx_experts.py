@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.devices.base import ExpertGroup, ExpertWeights, Routed, Table
-from edgert.devices.onnx_forms import Forms, Run
+from edgert.devices.onnx_builder import Size
+from edgert.devices.onnx_forms import ROWS, Forms, Run
 from edgert.devices.onnx_graphs import sum_graph
+from edgert.devices.onnx_quantised import Ranges
 from edgert.devices.onnx_runtime import Buffer, Call, Settings, View, session
 from edgert.quant.formats import Format, PackedPart
 from edgert.quant.unpacking import PackedMatrix
@@ -66,21 +68,30 @@ class _Places:
 class OnnxExperts:
     """See devices.split.ExpertPart."""
 
-    def __init__(self, config: ModelConfig, settings: Settings, *, chunk: int) -> None:
+    def __init__(self, config: ModelConfig, settings: Settings, *, chunk: int, ranges: Ranges | None = None) -> None:
+        """ranges: where graphs round to them."""
         c, memory = config, settings.provider.memory
         self.name, self._config, self._settings = settings.name, config, settings
         self.settings: Sequence[Settings] = (settings,)
-        self._places, self._forms = _Places(), Forms(config, settings)
+        self._places, self._forms, self._ranges = _Places(), Forms(config, settings, chunk), ranges
+        self.layer = 0
+        self._block = ROWS if settings.static else 1  # an expert is given a multiple of so many rows
         self._n_lanes = settings.threads if memory == "cpu" else 1  # experts that run side by side
         self._pool: ThreadPoolExecutor | None = None
         top_k = c.router.top_k if c.router else 0
-        pairs = chunk * top_k
+        n_expert = c.router.n_expert if c.router else 0
+        pairs = chunk * top_k + (self._block - 1) * min(n_expert, chunk * top_k)
+        self._chunk = chunk
         self._tokens = Buffer((pairs,), np.int64)
         self._places_of, self._weights = Buffer((chunk, top_k), np.int64), Buffer((chunk, top_k), np.float32)
         self._hidden = Buffer((pairs, c.d_expert), np.float32)
         self._outputs, self._total = (Buffer((rows, c.d_model), np.float32, memory) for rows in (pairs, chunk))
         self._inputs = Buffer((chunk, c.d_model), np.float32)  # that come from elsewhere
-        self._sum = Call(session(sum_graph(c), replace(settings, threads=1))) if c.router else None
+        alone = replace(settings, threads=1)
+        sizes: dict[int, tuple[Size, Size]] = {0: ("n", "pairs")}
+        if settings.static:
+            sizes = {n: (n, pairs) for n in sorted({1, chunk})}
+        self._sums = {key: Call(session(sum_graph(c, *size), alone)) for key, size in sizes.items() if c.router}
 
     def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
         """Nothing is compiled by numba."""
@@ -93,7 +104,7 @@ class OnnxExperts:
 
     def pack_expert(self, weights: ExpertWeights) -> _Expert:
         """An expert in the provider's form."""
-        return _Expert(run=self._forms.make(weights))
+        return _Expert(run=self._made(weights))
 
     def place_expert(
         self, table: Table, expert: int, parts: tuple[PackedPart, ...], record: npt.NDArray[np.uint8]
@@ -106,16 +117,23 @@ class OnnxExperts:
     def start(self, table: Table, inputs: Any, routed: Routed) -> None:
         """Begin a layer: rows (n_tokens, d_model), and which experts they go to."""
         self._table, self._routed = table, routed
-        n_pairs, n = len(routed.tokens), len(routed.routes.ids)
-        self._tokens.rows(0, n_pairs).read()[:] = routed.tokens
+        counts, n = np.diff(routed.first), len(routed.routes.ids)
+        ends = np.cumsum(-(-counts // self._block) * self._block)
+        self._first = np.concatenate(([0], ends))  # rows of each expert's outputs, padding at their end
+        self._rows_of = np.arange(len(routed.tokens)) + np.repeat(self._first[:-1] - routed.first[:-1], counts)
+        tokens = self._tokens.rows(0, max(int(ends[-1]), 1)).read()
+        tokens[:] = 0
+        tokens[self._rows_of] = routed.tokens
         places = self._places_of.rows(0, n).read()
-        places.reshape(-1)[routed.slots] = np.arange(n_pairs)
+        places.reshape(-1)[routed.slots] = self._rows_of
         self._weights.rows(0, n).read()[:] = routed.routes.weights
         if isinstance(inputs, View):
             self._rows = inputs
         else:
             self._rows = self._inputs.rows(0, n)
             self._rows.read()[:] = inputs
+        if self._block > 1:
+            self._rows = self._rows.buffer.rows(0, self._chunk)
 
     def experts(self, group: ExpertGroup) -> None:
         """Run a group of experts; all of it when down's weights are there."""
@@ -131,35 +149,41 @@ class OnnxExperts:
         for other in others:
             other.result()
 
+    def _made(self, weights: ExpertWeights) -> Run:
+        return self._forms.make(weights, self._ranges.experts[self.layer] if self._ranges else None)
+
     def _ready(self, expert: _Expert) -> Run:
         """What runs an expert, made now if it lies in a record."""
         if expert.run is None:
             assert expert.record is not None
-            expert.run = self._forms.make(ExpertWeights(*(PackedMatrix(part, expert.record) for part in expert.parts)))
+            expert.run = self._made(ExpertWeights(*(PackedMatrix(part, expert.record) for part in expert.parts)))
             self._places.add(expert)
         return expert.run
 
     def _run(self, work: list[tuple[int, Run]]) -> None:
-        first = self._routed.first
         for expert, run in work:
-            start, count = int(first[expert]), int(first[expert + 1] - first[expert])
-            run(
-                {"normed": self._rows, "tokens": self._tokens.rows(start, count)},
-                {"hidden": self._hidden.rows(start, count), "out": self._outputs.rows(start, count)},
-            )
+            start, end = int(self._first[expert]), int(self._first[expert + 1])
+            step = self._block if self._block > 1 else end - start
+            for at in range(start, end, step):
+                run(
+                    {"normed": self._rows, "tokens": self._tokens.rows(at, step)},
+                    {"hidden": self._hidden.rows(at, step), "out": self._outputs.rows(at, step)},
+                )
 
     def hidden(self) -> Floats:
         """What gate and up made of each pair, (n_pairs, d_expert)."""
-        return self._hidden.rows(0, len(self._routed.tokens)).read()
+        found: Floats = self._hidden.rows(0, int(self._first[-1])).read()[self._rows_of]
+        return found
 
     def total(self) -> View:
         """The weighted sum (n_tokens, d_model) of the experts' outputs."""
-        assert self._sum is not None
-        n, n_pairs = len(self._routed.routes.ids), len(self._routed.tokens)
-        total = self._total.rows(0, n)
-        inputs = {"outputs": self._outputs.rows(0, n_pairs), "places": self._places_of.rows(0, n)}
-        self._sum(inputs | {"weights": self._weights.rows(0, n)}, {"total": total})
-        return total
+        n, rows, key, n_pairs = len(self._routed.routes.ids), len(self._routed.routes.ids), 0, int(self._first[-1])
+        if self._block > 1:
+            rows = key = n if n == 1 else self._chunk
+            n_pairs = self._outputs.shape[0]
+        inputs = {"outputs": self._outputs.rows(0, n_pairs), "places": self._places_of.rows(0, rows)}
+        self._sums[key](inputs | {"weights": self._weights.rows(0, rows)}, {"total": self._total.rows(0, rows)})
+        return self._total.rows(0, n)
 
     def close(self) -> None:
         """Give back threads and memory."""

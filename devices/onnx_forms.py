@@ -16,32 +16,39 @@ import numpy as np
 
 from edgert.devices.base import ExpertWeights
 from edgert.devices.onnx_graphs import expert_graph
+from edgert.devices.onnx_quantised import Rounding
 from edgert.devices.onnx_runtime import Buffer, Call, Settings, View, session
 from edgert.errors import DeviceError
-from edgert.types import ModelConfig
+from edgert.types import Floats, ModelConfig
 
 Run = Callable[[Mapping[str, View], Mapping[str, View]], None]  # of an expert, from inputs to outputs
 _SLOWER = 1.5  # times that the shared form may take: it is there at once and takes no session's memory
 _TURNS = 3
+ROWS = 8  # of an expert at a time, where shapes are fixed: what a token needs is padded to it, weights are there once
 
 
 class Forms:
-    """Makes experts of one model; the first one decides the form of all."""
+    """Makes experts of one model; the first one decides the form of all. NPUs are given constants unasked."""
 
-    def __init__(self, config: ModelConfig, settings: Settings) -> None:
-        self._config, self._settings = config, replace(settings, threads=1)
+    def __init__(self, config: ModelConfig, settings: Settings, chunk: int = 0) -> None:
+        """chunk: rows that experts are given to gather theirs from, where shapes are fixed."""
+        self._config, self._settings, self._chunk = config, replace(settings, threads=1), chunk
         self._shared: dict[bytes, Call] = {}  # by their graphs
-        self.own: bool | None = None  # whether each expert has a session of its own; None: not decided yet
+        # whether each expert has a session of its own; None: not decided yet
+        self.own: bool | None = True if settings.static else None
 
-    def make(self, weights: ExpertWeights) -> Run:
-        """An expert."""
+    def make(self, weights: ExpertWeights, ranges: Floats | None = None) -> Run:
+        """An expert; ranges: of its places, where the graph rounds to them."""
         if self.own is None:
             self.own = self._decide(weights)
-        return self.with_own(weights, self._settings) if self.own else self.sharing(weights, self._settings)
+        return self.with_own(weights, self._settings, ranges) if self.own else self.sharing(weights, self._settings)
 
-    def with_own(self, weights: ExpertWeights, settings: Settings) -> Run:
+    def with_own(self, weights: ExpertWeights, settings: Settings, ranges: Floats | None = None) -> Run:
         """An expert with a session of its own."""
-        return Call(session(expert_graph(self._config, weights, exact=settings.exact), settings))
+        rounding = None if ranges is None else Rounding(ranges, settings.provider.inputs)
+        n, rows = (self._chunk, ROWS) if settings.static else ("n", "rows")
+        graph = expert_graph(self._config, weights, exact=settings.exact, n=n, rows=rows, rounding=rounding)
+        return Call(session(graph, settings))
 
     def sharing(self, weights: ExpertWeights, settings: Settings) -> Run:
         """An expert whose weights are inputs of the session of its shape."""

@@ -9,7 +9,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,33 @@ class Provider:
     full_name: str
     memory: str = "cpu"  # ONNX Runtime's name of the memory that its inputs and outputs are bound in
     proven: bool = False  # whether edgert's own tests run on it
+    form: str = ""  # of its graphs, one of FORMS
+    inputs: str = "uint8"  # what graphs of the form "qdq" round the inputs of products to
 
 
+# What stands behind a "+" in a device's name. static: all shapes are fixed, steps are padded to one token or the whole
+# chunk. qdq: that, and products are of 8-bit weights with inputs and outputs rounded to ranges measured beforehand.
+FORMS = ("", "static", "qdq")
 PROVIDERS = {
     provider.name: provider
     for provider in (
         Provider("cpu", "CPUExecutionProvider", proven=True),
         Provider("openvino", "OpenVINOExecutionProvider", proven=True),
         Provider("cuda", "CUDAExecutionProvider", "cuda"),
-        Provider("tensorrt", "TensorrtExecutionProvider", "cuda"),
-        Provider("qnn", "QNNExecutionProvider"),
+        Provider("tensorrt", "TensorrtExecutionProvider", "cuda", inputs="int8"),
+        Provider("qnn", "QNNExecutionProvider", form="qdq", inputs="uint16"),
         Provider("coreml", "CoreMLExecutionProvider"),
         Provider("directml", "DmlExecutionProvider", "dml"),
         Provider("acl", "ACLExecutionProvider"),
         Provider("xnnpack", "XnnpackExecutionProvider"),
     )
 }
+
+
+def form_of(name: str) -> str:
+    """The form of the graphs of "onnx:PROVIDER", with "+" and a form behind it or not; one of FORMS."""
+    plain, plus, form = name.removeprefix("onnx:").partition("+")
+    return form if plus or plain not in PROVIDERS else PROVIDERS[plain].form
 
 
 def runtime() -> Any:
@@ -69,11 +80,15 @@ def available() -> list[Provider]:
 
 
 def provider_of(name: str) -> Provider:
-    """A provider by edgert's name for it. DeviceError where this installation has none of that name."""
+    """A provider by edgert's name for it, "+" and a form behind it or not.
+
+    DeviceError where this installation has none of that name.
+    """
     found = available()
+    plain, plus, form = name.partition("+")
     for provider in found:
-        if provider.name == name:
-            return provider
+        if provider.name == plain:
+            return replace(provider, form=form) if plus else provider
     there = ", ".join(f"onnx:{provider.name}" for provider in found)
     raise DeviceError(
         f"device onnx:{name} is not there: onnxruntime {runtime().__version__} as installed has {there}; "
@@ -93,7 +108,19 @@ class Settings:
     @property
     def name(self) -> str:
         """The device's name."""
-        return f"onnx:{self.provider.name}"
+        own = PROVIDERS.get(self.provider.name, self.provider).form
+        form = self.provider.form
+        return f"onnx:{self.provider.name}" + (f"+{form}" if form != own else "")
+
+    @property
+    def static(self) -> bool:
+        """Whether all shapes in graphs are fixed."""
+        return self.provider.form != ""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether graphs have QuantizeLinear and DequantizeLinear around their products."""
+        return self.provider.form == "qdq"
 
     def provider_options(self) -> dict[str, str]:
         """What the provider is told. OpenVINO may compute in bf16, and rounds activations to 8 bits, unless told."""
@@ -150,7 +177,7 @@ def session(model: Model, settings: Settings, *, profile: Path | None = None) ->
     except Exception as error:  # the classes are pybind's, without a common base
         reason = " ".join(str(error).split())
         raise DeviceError(
-            f"onnx:{provider.name} does not take a graph of this model ({reason[:300]}); use another --device"
+            f"onnx:{provider.name} does not take a graph of this model ({reason[-300:]}); use another --device"
         ) from error
     if made.get_providers()[0] != provider.full_name:  # what it could not load is left out without a word
         raise DeviceError(

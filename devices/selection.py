@@ -1,7 +1,8 @@
 """From the text of `--device` to a device: one name for the whole model, or a name for each of its two parts.
 
-auto, cpu, reference, onnx:PROVIDER, a provider's bare name, or attention=NAME,experts=NAME; with a ! behind, it is used
-though verification has found it wrong. A device's code is imported when it is made.
+auto, cpu, reference, onnx:PROVIDER, a provider's bare name, or attention=NAME,experts=NAME; a provider's name may have
++static or +qdq behind it, see onnx_runtime.FORMS. With a ! at the end the device is used though verification has found
+it wrong. A device's code is imported when it is made.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from edgert.devices.base import CHUNK, Device
-from edgert.devices.onnx_runtime import PROVIDERS, settings_for
+from edgert.devices.onnx_quantised import Ranges
+from edgert.devices.onnx_runtime import FORMS, PROVIDERS, Settings, form_of, settings_for
 from edgert.devices.split import AttentionPart, ExpertPart, SplitDevice
 from edgert.errors import OptionError
 from edgert.quant import jit
@@ -40,9 +42,19 @@ class Selection:
         return "onnx:" in self.attention + self.experts
 
     @property
+    def quantised(self) -> bool:
+        """Whether a part rounds values to ranges that are to be measured first."""
+        return any(form_of(name) == "qdq" for name in (self.attention, self.experts) if name.startswith("onnx:"))
+
+    @property
     def compiled(self) -> bool:
         """Whether a part is the CPU device's."""
         return "cpu" in (self.attention, self.experts)
+
+    def check(self, activations: str) -> None:
+        """OptionError for what contradicts the device."""
+        if self.quantised and activations == "f32":
+            raise OptionError(f"device={self.name!r} rounds activations to integers; use it with --activations int8")
 
     def make(
         self,
@@ -54,21 +66,30 @@ class Selection:
         activations: str = "int8",
         rope_divisors: Floats | None = None,
         chunk: int = CHUNK,
+        ranges: Ranges | None = None,
     ) -> Device:
-        """The device, empty. DeviceError: a provider that is not there; OptionError: what it does not do."""
+        """The device, empty; ranges: for what is `quantised`.
+
+        DeviceError: a provider that is not there; OptionError: what it does not do.
+        """
         options: dict[str, Any] = {"threads": threads, "activations": activations, "chunk": chunk}
         if self.attention == self.experts and not self.onnx:
             return cast(Device, _whole(self.attention)(config, n_context, rope_divisors=rope_divisors, **options))
         angles = {"rope_divisors": rope_divisors}
         return SplitDevice(
             config,
-            _attention(self.attention, config, n_context, kv_type, angles | options),
-            _experts(self.experts, config, options),
+            _attention(self.attention, config, n_context, kv_type, angles | options, ranges),
+            _experts(self.experts, config, options, ranges),
         )
 
 
 def _attention(
-    name: str, config: ModelConfig, n_context: int, kv_type: str, options: Mapping[str, Any]
+    name: str,
+    config: ModelConfig,
+    n_context: int,
+    kv_type: str,
+    options: Mapping[str, Any],
+    ranges: Ranges | None,
 ) -> AttentionPart:
     if name == "cpu":
         from edgert.devices.cpu_parts import CpuAttention
@@ -76,20 +97,27 @@ def _attention(
         return CpuAttention(config, n_context, **options)
     from edgert.devices.onnx_attention import OnnxAttention
 
-    settings = settings_for(name.removeprefix("onnx:"), options["threads"], options["activations"])
+    settings, own = _settings(name, options, ranges)
     divisors, chunk = options["rope_divisors"], options["chunk"]
-    return OnnxAttention(config, n_context, settings, rope_divisors=divisors, kv_type=kv_type, chunk=chunk)
+    return OnnxAttention(config, n_context, settings, rope_divisors=divisors, kv_type=kv_type, chunk=chunk, ranges=own)
 
 
-def _experts(name: str, config: ModelConfig, options: Mapping[str, Any]) -> ExpertPart:
+def _experts(name: str, config: ModelConfig, options: Mapping[str, Any], ranges: Ranges | None) -> ExpertPart:
     if name == "cpu":
         from edgert.devices.cpu_parts import CpuExperts
 
         return CpuExperts(config, **options)
     from edgert.devices.onnx_experts import OnnxExperts
 
+    settings, own = _settings(name, options, ranges)
+    return OnnxExperts(config, settings, chunk=options["chunk"], ranges=own)
+
+
+def _settings(name: str, options: Mapping[str, Any], ranges: Ranges | None) -> tuple[Settings, Ranges | None]:
+    """How sessions are made, and the ranges that their graphs round to, if they do."""
     settings = settings_for(name.removeprefix("onnx:"), options["threads"], options["activations"])
-    return OnnxExperts(config, settings, chunk=options["chunk"])
+    assert ranges is not None or not settings.quantised, "the ranges were not measured"
+    return settings, ranges if settings.quantised else None
 
 
 def parse(text: str) -> Selection:
@@ -112,9 +140,13 @@ def parse(text: str) -> Selection:
 def _name(text: str, whole: str) -> str:
     """One device by its full name."""
     name = ("cpu" if jit.JIT_ENABLED else "reference") if text == "auto" else text
-    if name in PROVIDERS and name != "cpu":
-        name = f"onnx:{name}"
-    if name == "reference" or (name == "cpu" and jit.JIT_ENABLED) or (name.startswith("onnx:") and name != "onnx:"):
+    plain, _, form = name.partition("+")
+    if plain in PROVIDERS and name != "cpu":
+        name, plain = f"onnx:{name}", f"onnx:{plain}"
+    if form not in FORMS:
+        forms = ", ".join(f"+{known}" for known in FORMS if known)
+        raise OptionError(f"device={whole!r}: +{form} is no form of graphs; use {forms}, or leave it away")
+    if name == "reference" or (name == "cpu" and jit.JIT_ENABLED) or (plain.startswith("onnx:") and plain != "onnx:"):
         return name
     others = ", ".join(f"onnx:{provider}" for provider in PROVIDERS)
     raise OptionError(

@@ -57,6 +57,7 @@ class ExpertPart(Protocol):
 
     name: str
     settings: Sequence[Any]
+    layer: int  # whose experts are packed, or run, at the moment
 
     def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]: ...
     def new_table(self, n_expert: int) -> Table: ...
@@ -103,9 +104,9 @@ class SplitDevice:
         same = attention.name == experts.name
         self.name = attention.name if same else f"attention={attention.name},experts={experts.name}"
         self.settings = [*attention.settings, *experts.settings]  # of the sessions, where there are any
-        self.chunk, self.n_used = attention.chunk, 0
+        self.chunk, self.n_used, self._n_layers = attention.chunk, 0, 0
         self.witness: list[Seen] | None = None  # where to note what the layers of a step make, if anybody wants it
-        self.add_layer, self.set_head, self.new_cache = attention.add_layer, attention.set_head, attention.new_cache
+        self.set_head, self.new_cache = attention.set_head, attention.new_cache
         self.new_table, self.pack_expert = experts.new_table, experts.pack_expert
         self.place_expert, self.head = experts.place_expert, attention.head
 
@@ -115,6 +116,11 @@ class SplitDevice:
         for part in (self._attention, self._experts):
             found |= {id(kernel): (kernel, n) for kernel, n in part.kernels(known, kv_type, activations)}
         return list(found.values())
+
+    def add_layer(self, weights: LayerWeights) -> None:
+        """Take the hot weights of the next layer; the experts that are packed from now on are its own."""
+        self._attention.add_layer(weights)
+        self._experts.layer, self._n_layers = self._n_layers, self._n_layers + 1
 
     def begin(self, embeddings: Floats) -> None:
         """Make `embeddings` the residual stream of a chunk."""
@@ -155,6 +161,7 @@ class SplitDevice:
             self.n_used += len(used)
             if n_ahead:
                 self._ahead[layer] = self._attention.look_ahead(layer)
+            self._experts.layer = layer
             self._experts.start(table, self._attention.inputs(), self._routed)
             if every_layer or (states is not None and (states[used + layer * len(table)] != READY).any()):
                 return layer

@@ -20,6 +20,7 @@ from edgert.chat_template import ChatTemplate
 from edgert.cooling import MODES, Cooler, check_power, cooler_for
 from edgert.devices import selection
 from edgert.devices.base import Device
+from edgert.devices.onnx_quantised import Ranges
 from edgert.devices.selection import Selection
 from edgert.engine import Engine, Session
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
@@ -118,6 +119,7 @@ def load_parts(
     """Everything that a Model needs, loaded; see edgert.load."""
     path = resolve(path_or_name)
     selected = selection.parse(_fastest(path) if device == "auto" else device)
+    selected.check(activations)
     streaming.check_options(policy, prefetch)
     check_power(power)
     share = None if residency is None else parse_share(residency)
@@ -143,6 +145,7 @@ def load_parts(
             activations=activations,
             rope_divisors=weights.rope_divisors(),
             chunk=plan.chunk,
+            ranges=_ranges(file, weights, threads, progress) if selected.quantised else None,
         )
         held.callback(made.close)
         cooler = cooler_for(made, power)
@@ -199,6 +202,15 @@ def _fastest(path: Path) -> str:
     from edgert.verifying import is_trusted
 
     return speeds.fastest if is_trusted(speeds.fastest) else "auto"
+
+
+def _ranges(file: TensorFile | Bundle, weights: Weights, threads: int | None, progress: Progress) -> Ranges:
+    """Ranges that a device rounds values to, seen on a text."""
+    from edgert.devices.onnx_ranges import measure
+    from edgert.verifying import RANGES_TEXT
+
+    embeddings, stage = weights.embed(words(file)[0].encode(RANGES_TEXT)), "measuring ranges of values"
+    return measure(weights.config, weights, embeddings, threads, lambda fraction: progress(stage, fraction))
 
 
 def _verify(

@@ -27,8 +27,15 @@ from edgert.errors import DeviceError
 from edgert.types import Floats
 from edgert.weights import Progress
 
-PROMPT = "The quick brown fox jumps over the lazy dog, and then it"
-_MOST_TOKENS = 16  # of the prompt
+PROMPT = """The quick brown fox jumps over the lazy dog, and then it sits down by the river, where an old man
+is fishing. "How many have you caught today?" it asks; "three," says he."""
+# Of several kinds: what values a device rounds to is seen on it.
+RANGES_TEXT = """In 1969 the first message crossed a network of four computers; of "login", only two letters arrived.
+def area(radius: float) -> float: return 3.14159 * radius ** 2  # in square metres
+Water boils at 100 degrees Celsius at sea level, and at about 93 on a mountain of 2,000 metres. Why is that?
+Hello! Can you help me plan a trip to Lisbon? Of course: how many days do you have, and what do you like to eat?
+{"name": "Ada", "age": 36, "tags": ["a", "b"], "ok": true} Er sagte nichts. Elle est partie hier soir. 12 + 30 = 42."""
+_MOST_TOKENS = 32  # of the prompt
 _RANDOM_ROWS = 8
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _DRIVERS = ("/proc/driver/nvidia/version", "/etc/nv_tegra_release")
@@ -111,11 +118,11 @@ def _driver() -> str:
 
 
 def _code() -> str:
-    """A digest of edgert's own code for graphs."""
+    """A digest of edgert's own code for graphs, and of what holds them against the CPU device."""
     from edgert import devices
 
-    digest = hashlib.sha256()
-    for path in sorted(Path(next(iter(devices.__path__))).glob("onnx_*.py")):
+    digest, folder_of_devices = hashlib.sha256(), Path(next(iter(devices.__path__)))
+    for path in (*sorted(folder_of_devices.glob("onnx_*.py")), folder_of_devices / "verification.py", Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

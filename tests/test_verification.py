@@ -116,7 +116,7 @@ def test_a_provider_that_cannot_start_is_refused(monkeypatch: pytest.MonkeyPatch
 def _one_graph() -> set[bytes]:
     import numpy as np
 
-    from edgert.devices.onnx_graphs import Graph
+    from edgert.devices.onnx_builder import Graph
 
     g = Graph(exact=True)
     x = g.input("x", np.float32, "n", 4)
