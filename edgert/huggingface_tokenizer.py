@@ -8,6 +8,7 @@ tokenizer would do otherwise is refused. Normalisation to NFC is passed over, as
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ from edgert.errors import ModelFileError, UnsupportedError
 from edgert.pretokenizers import CONTRACTIONS, PRE_TOKENIZERS
 from edgert.sentencepiece import SPACE
 from edgert.storage.json_file import JsonObject, read_json, read_text, short
-from edgert.vocabulary import SPACE_PREFIX, TokenType
+from edgert.vocabulary import SPACE_PREFIX, WHOLE_WORDS, TokenType
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<pad>|<unused.*>", re.DOTALL)  # though the file may not say so
+_WRITES_POST_PROCESSOR = ("LlamaTokenizer", "LlamaTokenizerFast")  # anew, from the options, whatever the file has
 _MAX_TEMPLATE = 1 << 20  # bytes
+_BOTH_CASES = {
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)": CONTRACTIONS,
+    "(?i:[sdmt]|ll|ve|re)": "(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])",
+}
 _MODEL_DEFAULTS = {"dropout": 0, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
 
 
@@ -83,7 +89,7 @@ class _Words:
         if self._model.boolean("byte_fallback", False):
             special = self._sentencepiece(merges)
         else:
-            special = {"model": "gpt2", "pre": self._pre_tokenizer(), "merges": [" ".join(pair) for pair in merges]}
+            special = {"model": "gpt2", **self._pre_tokenizer(), "merges": [" ".join(pair) for pair in merges]}
         texts, types = self._tokens(special["model"] == "llama")
         keys = {**special, "tokens": texts, "token_type": np.array(types, np.int32)}
         return {key if "." in key else _PREFIX + key: value for key, value in keys.items()}
@@ -202,8 +208,8 @@ class _Words:
         return any(SPACE in text[1:] for text in self._ids)
 
     # ---- byte-level BPE ----------------------------------------------------------------------------------------------
-    def _pre_tokenizer(self) -> str:
-        """The name under which edgert knows the way that the file cuts text."""
+    def _pre_tokenizer(self) -> dict[str, Any]:
+        """The name under which edgert knows the way that the file cuts text, and what else it says of words."""
         for step in _flat(self._file, "normalizer", "normalizers"):
             if step.text("type") != "NFC":
                 step.refuse("type", "edgert knows NFC, or none: take a GGUF of the model")
@@ -214,15 +220,18 @@ class _Words:
                 step.refuse("type", "it follows ByteLevel, which edgert knows as the last step only")
             patterns += _patterns(step)
             byte_level = step.text("type") == "ByteLevel"
+        same = [name for name, known in PRE_TOKENIZERS.items() if [*map(_canonical, known.patterns)] == patterns]
+        if not byte_level or not same:
+            raise UnsupportedError(
+                f"{self._file.where}: the key pre_tokenizer cuts text by {short(patterns)}"
+                f"{' and ByteLevel' if byte_level else ''}; edgert does not know that under any of its "
+                f"{len(PRE_TOKENIZERS)} names: take a GGUF of the model"
+            )
         whole_words = self._model.boolean("ignore_merges", False)
-        for name, known in PRE_TOKENIZERS.items():
-            if byte_level and known.patterns == tuple(patterns) and known.whole_words == whole_words:
-                return name
-        raise UnsupportedError(
-            f"{self._file.where}: the key pre_tokenizer cuts text by {short(patterns)}"
-            f"{' and ByteLevel' if byte_level else ''}, with model.ignore_merges {str(whole_words).lower()}; edgert "
-            f"does not know that, it knows {', '.join(PRE_TOKENIZERS)}: take a GGUF of the model"
-        )
+        for name in same:
+            if PRE_TOKENIZERS[name].whole_words == whole_words:
+                return {"pre": name}
+        return {"pre": same[0], WHOLE_WORDS: whole_words}
 
 
 def _flat(file: JsonObject, key: str, inner: str) -> list[JsonObject]:
@@ -251,15 +260,23 @@ def _patterns(step: JsonObject) -> list[str]:
         ("Isolated", False),
         ("Removed", True),  # of what lies between matches, and a known expression leaves nothing between
     ):
-        pattern = step.object("pattern").text("Regex", "")
-        # The files switch case off in a group; edgert, as llama.cpp, writes the letters out.
-        return [pattern.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", CONTRACTIONS)]
+        return [_canonical(step.object("pattern").text("Regex", ""))]
     step.refuse("type", "edgert knows Split by an expression (Isolated), Digits one by one, and ByteLevel")
+
+
+def _canonical(pattern: str) -> str:
+    """An expression written as edgert.pretokenizers writes it: letters of both cases where the files switch case off in
+    a group, as llama.cpp has them, and escapes for line ends."""
+    for theirs, ours in _BOTH_CASES.items():
+        pattern = pattern.replace(theirs, ours)
+    return unicodedata.normalize("NFC", pattern.replace("\r", r"\r").replace("\n", r"\n"))
 
 
 def _added_around(file: JsonObject, options: JsonObject) -> dict[str, bool | None]:
     """Whether the start token comes before a text and the end token behind it; None: the file does not say."""
     adds: dict[str, bool | None] = {"bos": None, "eos": False}
+    if options.text("tokenizer_class", "") in _WRITES_POST_PROCESSOR and "add_bos_token" in options.values:
+        return {name: options.boolean(f"add_{name}_token", False) for name in adds}
     post = file.object("post_processor")
     steps = [] if not post.values else post.objects("processors") if post.text("type") == "Sequence" else [post]
     for step in steps:

@@ -1,7 +1,8 @@
 """Text to token ids and back, built from the metadata of a GGUF file.
 
 Special tokens are cut out of a text first, the rest goes through byte-level BPE (HF `tokenizers`) or through
-SentencePiece-style BPE. Results equal llama.cpp's, except that ordinary text never turns into a control token.
+SentencePiece-style BPE. Results equal llama.cpp's, except that ordinary text never turns into a control token, and what
+edgert.pretokenizers says.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self.model = vocabulary.model
         self.pre = vocabulary.pre
+        self.warning = vocabulary.warning  # what the file leaves open, for the person; mostly empty
         self.n_vocab = len(vocabulary.tokens)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.stop_ids = vocabulary.stop_ids
@@ -207,7 +209,6 @@ def _unicode(text: str) -> str:
 
 def _byte_level_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     """Byte-level BPE by HF `tokenizers`, without the special tokens."""
-    pre = PRE_TOKENIZERS[vocabulary.pre]
     ids = dict(vocabulary.ids)
     for id_ in np.flatnonzero(np.isin(vocabulary.types, (*_HIDDEN, TokenType.BYTE))).tolist():
         del ids[vocabulary.tokens[id_]]
@@ -217,11 +218,11 @@ def _byte_level_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     try:
         if not all(map(ids.__contains__, results)):
             raise KeyError
-        model = models.BPE(ids, merges, ignore_merges=pre.whole_words)
+        model = models.BPE(ids, merges, ignore_merges=vocabulary.whole_words)
     except Exception:  # of no narrower class
-        model = models.BPE(ids, _kept(merges, ids, vocabulary.ids), ignore_merges=pre.whole_words)
+        model = models.BPE(ids, _kept(merges, ids, vocabulary.ids), ignore_merges=vocabulary.whole_words)
     hf = HfTokenizer(model)
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[vocabulary.pre].patterns]
     hf.pre_tokenizer = pre_tokenizers.Sequence(
         [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

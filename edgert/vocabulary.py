@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import IntEnum
 from typing import Any
 
@@ -16,14 +17,21 @@ import numpy.typing as npt
 
 from edgert.errors import TokenizerError, UnsupportedError
 from edgert.pretokenizers import PRE_TOKENIZERS
+from edgert.storage.json_file import short
 
 MODELS = ("gpt2", "llama")  # byte-level BPE, SentencePiece BPE
 
 # Where add_space_prefix holds, in words that GGUF has no key for: "always" or "first" as HF's Metaspace means them (not
 # before a text that begins with a space; "first": nor behind a special token). Without the key: as llama.cpp does it.
 SPACE_PREFIX = "edgert.tokenizer.space_prefix"
+# Whether a word that is a token is taken as it is, where a tokenizer.json does not do as others of its name.
+WHOLE_WORDS = "edgert.tokenizer.whole_words"
 
 _PREFIX = "tokenizer.ggml."
+_NO_PRE = (
+    "the file does not say how text is cut into words (tokenizer.ggml.pre is missing): the oldest way is used, and "
+    "answers may be worse for it; convert the model again"
+)
 _NO_ID = 0xFFFFFFFF  # how a converter writes "none" into an unsigned key
 
 # A file seldom lists all tokens that end an answer, so they are also found by their text, as llama.cpp does it.
@@ -107,6 +115,7 @@ class Vocabulary:
 
     model: str  # one of MODELS
     pre: str  # the pre-tokenizer of a gpt2 model, "default" where the file names none
+    whole_words: bool  # see edgert.pretokenizers
     tokens: list[str]  # text by id, as the file writes it
     ids: dict[str, int]  # the way back
     types: npt.NDArray[np.uint8]  # TokenType by id
@@ -121,6 +130,7 @@ class Vocabulary:
     add_space_prefix: bool
     space_prefix: str  # see SPACE_PREFIX, "" where the file does not have it
     strips_after: frozenset[int]  # special tokens that swallow the white space behind them
+    warning: str  # what the file leaves open and edgert had to guess, for the person; mostly empty
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Vocabulary:
@@ -146,6 +156,7 @@ class Vocabulary:
         return cls(
             model=model,
             pre=pre,
+            whole_words=_flag(metadata, WHOLE_WORDS, PRE_TOKENIZERS[pre].whole_words) if not spm else False,
             tokens=tokens,
             ids=ids,
             types=types,
@@ -157,9 +168,10 @@ class Vocabulary:
             stop_ids=stop_ids | {id_ for name in ("eos", "eot", "eom") if (id_ := special[name]) is not None},
             add_bos=_add_token(metadata, "bos", special["bos"], spm or PRE_TOKENIZERS[pre].add_bos),
             add_eos=_add_token(metadata, "eos", special["eos"], False),
-            add_space_prefix=_flag(metadata, "add_space_prefix", spm),
+            add_space_prefix=_flag(metadata, _PREFIX + "add_space_prefix", spm),
             space_prefix=_space_prefix(metadata),
             strips_after=_strips_after(metadata, tokens, types),
+            warning=_NO_PRE if not spm and not metadata.get(_PREFIX + "pre") else "",
         )
 
     def special_tokens(self) -> list[int]:
@@ -181,9 +193,11 @@ def _model_and_pre(metadata: Mapping[str, Any]) -> tuple[str, str]:
             f"{_PREFIX}model is {model!r}, which is not supported; supported are {', '.join(MODELS)}"
         )
     pre = metadata.get(_PREFIX + "pre") or "default"
-    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+    if model == "gpt2" and (not isinstance(pre, str) or pre not in PRE_TOKENIZERS):
+        near = " or ".join(get_close_matches(str(pre), PRE_TOKENIZERS, n=2)) or "none"
         raise UnsupportedError(
-            f"{_PREFIX}pre is {pre!r}, which is not supported; supported are {', '.join(PRE_TOKENIZERS)}"
+            f"{_PREFIX}pre is {short(pre)}: edgert does not know how that cuts text. The nearest of the "
+            f"{len(PRE_TOKENIZERS)} names that it knows: {near}; take a newer edgert, or another file of the model"
         )
     return model, str(pre)
 
@@ -277,10 +291,10 @@ def _special_id(metadata: Mapping[str, Any], name: str, n_tokens: int, default: 
     return int(value)
 
 
-def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = metadata.get(_PREFIX + name, default)
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = metadata.get(key, default)
     if not isinstance(value, bool | np.bool_):
-        raise TokenizerError(f"{_PREFIX}{name} is {value!r}, not true or false; convert the model again")
+        raise TokenizerError(f"{key} is {value!r}, not true or false; convert the model again")
     return bool(value)
 
 
@@ -292,7 +306,7 @@ def _space_prefix(metadata: Mapping[str, Any]) -> str:
 
 
 def _add_token(metadata: Mapping[str, Any], name: str, id_: int | None, default: bool) -> bool:
-    add = _flag(metadata, f"add_{name}_token", default and id_ is not None)
+    add = _flag(metadata, f"{_PREFIX}add_{name}_token", default and id_ is not None)
     if add and id_ is None:
         raise TokenizerError(
             f"{_PREFIX}add_{name}_token is true, but {_PREFIX}{name}_token_id is missing; convert the model again"

@@ -54,6 +54,8 @@ class Perplexity:
 class Characters:
     """Tokenizer and detokenizer: a token is a character."""
 
+    warning = ""
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(c) for c in (f"<{text}>" if special else text)]
 

@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from published_pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS, byte_level
 from safetensors.numpy import save
 
 from edgert.quant import ggml
@@ -25,28 +26,6 @@ CLASSES = {
     "qwen2moe": "Qwen2MoeForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
     "granitemoe": "GraniteMoeSharedForCausalLM",
-}
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-PRE_TOKENIZERS = {  # as the models' own files have them
-    "gpt-2": _byte_level(True),
-    "llama-bpe": _sequence(_split(_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _END), _byte_level(False)),
-    "qwen2": _sequence(_split(_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _END), _byte_level(False)),
-    "smollm": _sequence({"type": "Digits", "individual_digits": True}, _byte_level(True)),
 }
 
 
@@ -298,7 +277,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
         if kind in inside and not (kind != 1 and text.startswith("[PAD"))
     }
     bos = tokens[metadata[key + "bos_token_id"]] if key + "bos_token_id" in metadata else None
-    post = _byte_level(True) if not spm else None
+    post = byte_level(True) if not spm else None
     if metadata.get(key + "add_bos_token", spm or metadata[key + "pre"] == "llama-bpe"):
         parts = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         special = {bos: {"id": bos, "ids": [metadata[key + "bos_token_id"]], "tokens": [bos]}}
@@ -318,8 +297,8 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocab: dict[str, int]) -> dict[
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": PRE_TOKENIZERS[pre],
-        "model": model | {"ignore_merges": pre == "llama-bpe", "merges": [merge.split(" ") for merge in merges]},
-        "decoder": _byte_level(True),
+        "model": model | {"ignore_merges": pre in WHOLE_WORDS, "merges": [merge.split(" ") for merge in merges]},
+        "decoder": byte_level(True),
     }
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_models import PRE_TOKENIZERS, tokenizer_json, write_json, write_tokenizer
+from huggingface_models import tokenizer_json, write_json, write_tokenizer
+from published_pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS, cut_by
 from tokenizers import Tokenizer as HfTokenizer
-from vocabularies import CONTROL, GOLDEN, SHARED, USER_DEFINED, byte_level, sentencepiece
+from vocabularies import CONTROL, GOLDEN, SHARED, USER_DEFINED, byte_level, pair_merges, sentencepiece
 
 from edgert.chat_template import ChatTemplate
 from edgert.errors import EdgertError, ModelFileError, UnsupportedError
@@ -50,12 +51,7 @@ def test_llama_cpp_vocabularies(name: str, tmp_path: Path) -> None:
     with GgufFile.open(path) as file:
         metadata = dict(file.metadata)
     if (pre := metadata[KEY + "pre"]) not in PRE_TOKENIZERS and metadata[KEY + "model"] == "gpt2":
-        steps = [
-            {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
-            for p in KNOWN[pre].patterns
-        ]
-        cut = {"type": "Sequence", "pretokenizers": [*steps, PRE_TOKENIZERS["gpt-2"] | {"use_regex": False}]}
-        write_tokenizer(tmp_path, metadata | {KEY + "pre": "gpt-2"}, pre_tokenizer=cut)
+        write_tokenizer(tmp_path, metadata | {KEY + "pre": "gpt-2"}, pre_tokenizer=cut_by(*KNOWN[pre].patterns))
     else:
         write_tokenizer(tmp_path, metadata)
     tokenizer = tokenizer_of(tmp_path, len(metadata[KEY + "tokens"]), metadata.get("general.name", ""))
@@ -89,6 +85,36 @@ def test_golden_cases(name: str, tmp_path: Path) -> None:
     for cases, special in (("plain", False), ("parse_special", True)):
         for case in group[cases]:
             assert tokenizer.encode(case["text"], special=special) == case["ids"], case["text"]
+
+
+TO_CUT = ("The 1234 cats' toys!\n\n 'tis DeepSeek\u4f60\u597d, it'S", "e\u0301a  b\tc\r\n 12 345 6789/\n ")
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_way_of_cutting_is_found(name: str, turned: bool, tmp_path: Path) -> None:
+    """Also where a file takes whole words though others of that name do not, or does not though they do."""
+    metadata = byte_level(pair_merges(TO_CUT), {"<s>": CONTROL}, words=["toys"], bos_token_id=0)
+    file = tokenizer_json(metadata)
+    whole_words = (name in WHOLE_WORDS) != turned
+    file["pre_tokenizer"], file["model"]["ignore_merges"] = PRE_TOKENIZERS[name], whole_words
+    keys = keys_of(plain_folder(tmp_path, file, {"eos_token": None}), len(metadata[KEY + "tokens"]))
+    found = KNOWN[keys[KEY + "pre"]]
+    assert found.patterns == KNOWN[name].patterns
+    assert keys.get("edgert.tokenizer.whole_words", found.whole_words) == whole_words
+    ours, theirs = Tokenizer.from_metadata(keys), HfTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (*TO_CUT, "toys"):
+        assert ours.encode(text, bos=False) == theirs.encode(text, add_special_tokens=False).ids
+    assert (len(ours.encode("toys", bos=False)) == 1) == whole_words
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("LlamaTokenizerFast", True), ("PreTrainedTokenizerFast", False)])
+def test_a_llama_tokenizer_adds_the_start_token_itself(kind: str, bos: bool, tmp_path: Path) -> None:
+    """As DeepSeek's files have it: nothing about it in tokenizer.json, which the class of transformers rewrites."""
+    file = tokenizer_json(PLAIN) | {"post_processor": PRE_TOKENIZERS["gpt-2"]}
+    options = {"tokenizer_class": kind, "add_bos_token": True, "bos_token": {"content": "<s>"}}
+    tokenizer = Tokenizer.from_metadata(keys_of(plain_folder(tmp_path, file, options), N_PLAIN))
+    assert tokenizer.add_bos == bos and (tokenizer.encode("a")[0] == tokenizer.bos_id) == bos
 
 
 # --- SentencePiece as BPE with byte fallback
@@ -274,8 +300,7 @@ REFUSED: list[tuple[Change, str]] = [
     (model(dropout=0.1), "dropout is 0.1; edgert's BPE does not"),
     (model(continuing_subword_prefix="##"), "continuing_subword_prefix is '##'; edgert's BPE does not"),
     (model(end_of_word_suffix="</w>"), "end_of_word_suffix is '</w>'; edgert's BPE does not"),
-    (model(ignore_merges=True), "with model.ignore_merges true; edgert does not know that, it knows default, gpt-2"),
-    (whole(pre_tokenizer=SPLIT), r"cuts text by \['\\\\w\+'\], with model.ignore_merges false"),
+    (whole(pre_tokenizer=SPLIT), r"cuts text by \['\\\\w\+'\]; edgert does not know that under any of its \d+ names"),
     (whole(pre_tokenizer={"type": "Whitespace"}), "type is 'Whitespace'; edgert knows Split"),
     (whole(pre_tokenizer={"type": "Digits", "individual_digits": False}), "type is 'Digits'; edgert knows Split"),
     (whole(pre_tokenizer=SPLIT | {"behavior": "Removed"}), "type is 'Split'; edgert knows Split"),
@@ -284,7 +309,7 @@ REFUSED: list[tuple[Change, str]] = [
         whole(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTE_LEVEL, BYTE_LEVEL]}),
         "type is 'ByteLevel'; it follows ByteLevel",
     ),
-    (whole(pre_tokenizer=None), r"cuts text by \[\], with"),
+    (whole(pre_tokenizer=None), r"cuts text by \[\]; edgert"),
     (whole(normalizer={"type": "Lowercase"}), "type is 'Lowercase'; edgert knows NFC"),
     (whole(post_processor={"type": "BertProcessing"}), "type is 'BertProcessing'; edgert knows ByteLevel"),
     (whole(post_processor=template("<s>", "<e1>", "A")), "puts bos_token of tokenizer_config.json there"),

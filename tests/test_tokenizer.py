@@ -27,7 +27,12 @@ def tokens_of(tokenizer: Tokenizer, text: str, **options: Any) -> list[str]:
 # --- what llama.cpp makes of the same texts
 
 
-@pytest.mark.parametrize("name", ["deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2"])
+VOCABULARIES = (
+    "command-r deepseek-coder deepseek-llm falcon gpt-2 llama-bpe llama-spm mpt phi-3 qwen2 qwen35 refact starcoder"
+)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES.split())
 def test_llama_cpp_vocabularies(name: str) -> None:
     path = SHARED / "tokenizers" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
@@ -99,7 +104,8 @@ def test_pre_tokenizers(pres: str, text: str, expected: str) -> None:
 
 def test_without_a_name_the_default_pre_tokenizer_is_used() -> None:
     tokenizer = Tokenizer.from_metadata(byte_level(MERGES, pre=None))
-    assert tokenizer.pre == "default"
+    assert tokenizer.pre == "default" and "tokenizer.ggml.pre is missing" in tokenizer.warning
+    assert not Tokenizer.from_metadata(byte_level(MERGES, pre="default")).warning
     assert tokens_of(tokenizer, "1234`=") == ["123", "4", "`", "="]
 
 
@@ -332,7 +338,12 @@ def test_metadata_may_hold_numpy_arrays() -> None:
         ({"model": None}, TokenizerError, "tokenizer.ggml.model is missing"),
         ({"model": 3}, TokenizerError, "tokenizer.ggml.model is 3"),
         ({"model": "bert"}, UnsupportedError, "'bert', which is not supported; supported are gpt2, llama"),
-        ({"pre": "tekken-9"}, UnsupportedError, "'tekken-9', which is not supported; supported are default, gpt-2"),
+        (
+            {"pre": "tekken-9"},
+            UnsupportedError,
+            "'tekken-9': edgert does not know how that cuts text. The nearest of the 77 names that it knows: tekken;",
+        ),
+        ({"pre": ["gpt-2"]}, UnsupportedError, "tokenizer.ggml.pre is ['gpt-2']: edgert does not know how"),
         ({"tokens": None}, TokenizerError, "tokenizer.ggml.tokens is missing"),
         ({"tokens": []}, TokenizerError, "tokenizer.ggml.tokens is empty"),
         ({"tokens": [1, 2]}, TokenizerError, "tokenizer.ggml.tokens is not a list of strings"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ def byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def pair_merges(texts: Sequence[str]) -> list[str]:
+    """Merges of all pairs of bytes that stand side by side in some texts, in an order without meaning: what joins
+    across a cut, or is cut where it should join, shows in the ids."""
+    characters = byte_characters()
+    pairs = {pair for text in texts for pair in pairwise(text.encode())}
+    return sorted((f"{characters[a]} {characters[b]}" for a, b in pairs), key=lambda merge: zlib.crc32(merge.encode()))
 
 
 def byte_level(

@@ -158,8 +158,8 @@ def open_model(name: str | None, runtime: Mapping[str, Any]) -> Iterator[Model]:
         model = edgert.load(name, progress=loading.report, **runtime)
     with model:
         loading.check()
-        if model.memory.warning:
-            note(model.memory.warning)
+        for warning in filter(None, (model.memory.warning, model.tokenizer.warning)):
+            note(warning)
         yield model
 
 
