@@ -1,20 +1,23 @@
 """A model's chat template: a conversation in, the prompt out, as text or as token ids.
 
 Templates come with model files and are not trusted: they run in the metered sandbox. Nor are messages: what they say
-never becomes a control token. Files without a template get ChatML.
+never becomes a control token. Files without a template get ChatML. A template's text also tells how the model marks
+its reasoning.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from types import TracebackType
 from typing import Any
 
-from jinja2 import Template, TemplateSyntaxError
+from jinja2 import Template, TemplateSyntaxError, meta
 
 from edgert.errors import TemplateError
+from edgert.reasoning import Marks, PlainText, Splitter, find_marks
 from edgert.template_guard import ControlTextGuard
 from edgert.template_meter import METER, Meter, Protect, Refusal
 from edgert.template_sandbox import MAX_SOURCE, MeteredEnvironment
@@ -28,7 +31,10 @@ CHATML = (
 )
 
 _KEY = "tokenizer.chat_template"
+_PROMPT_END = 16  # tokens at the end of a prompt in which a mark may stand
+_THINKING = re.compile(r"message(\.thinking|\[['\"]thinking['\"]\])")  # what some templates call reasoning_content
 _SPECIAL = {"bos_token": "bos_id", "eos_token": "eos_id"}
+_SWITCHES = frozenset({"enable_thinking", "thinking"})
 
 
 class ChatTemplate:
@@ -91,6 +97,32 @@ class ChatTemplate:
         }
         return self._shows("edgert-probe", [], tools=[{"type": "function", "function": function}])
 
+    @cached_property
+    def thinking_switches(self) -> frozenset[str]:
+        """The variables, of those that models are taught, that make the template ask for reasoning or for none."""
+        environment, free = MeteredEnvironment(), set[str]()
+        for source in filter(None, (self.source, self._tool_source)):
+            with suppress(TemplateSyntaxError, RecursionError, MemoryError):  # said when the template is used
+                free |= meta.find_undeclared_variables(environment.parse(source))
+        return _SWITCHES & free
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the template marks reasoning."""
+        return self._marks is not None
+
+    @cached_property
+    def _marks(self) -> Marks | None:
+        return find_marks(self.source + (self._tool_source or ""))
+
+    def splitter(self, prompt: Sequence[int]) -> Splitter:
+        """Tells reasoning from answer in what the model says to a prompt that `encode` has made."""
+        if self._marks is None:
+            return PlainText()
+        ids = {self._tokenizer.special_id(mark): mark for mark in self._marks.texts}
+        tokens = {id_: mark for id_, mark in ids.items() if id_ is not None}
+        return self._marks.splitter(self._tokenizer.decode(prompt[-_PROMPT_END:], special=True), tokens)
+
     def render(
         self,
         messages: Sequence[Message],
@@ -101,11 +133,12 @@ class ChatTemplate:
     ) -> str:
         """The prompt of a conversation as text.
 
-        messages: {"role": ..., "content": ...} and whatever the template reads besides. tools: JSON schemas of
-        functions. variables: further ones that the template knows, as enable_thinking=False. Raises TemplateError
+        messages: {"role": ..., "content": ...} and whatever the template reads besides, as reasoning_content, of
+        which most templates show only that of the last turn. tools: JSON schemas of functions. variables: further
+        ones that the template knows, as enable_thinking=False (see `thinking_switches`). Raises TemplateError
         if the template does not parse, refuses the messages, fails, or takes too much.
         """
-        inputs = {"messages": messages, "tools": tools, "variables": variables}
+        inputs = {"messages": self._named(messages), "tools": tools, "variables": variables}
         return self._render(_Inputs(inputs), add_generation_prompt)
 
     def encode(
@@ -121,7 +154,7 @@ class ChatTemplate:
         Control tokens come from the template only: where a message, a tool or a variable spells one, it is text.
         Arguments and errors as for `render`.
         """
-        inputs = _Inputs({"messages": messages, "tools": tools, "variables": variables}, self._guard)
+        inputs = _Inputs({"messages": self._named(messages), "tools": tools, "variables": variables}, self._guard)
         text = self._render(inputs, add_generation_prompt, self._guard.protect)
         parts: list[str | int] = []
         for part in self._tokenizer.partition(text, special=True):
@@ -134,6 +167,16 @@ class ChatTemplate:
         if self._tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
         return ids
+
+    def _named(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with reasoning_content under the name that the template gives it."""
+        if not self._calls_it_thinking:
+            return messages
+        return [_as_thinking(message) if isinstance(message, Mapping) else message for message in messages]
+
+    @cached_property
+    def _calls_it_thinking(self) -> bool:
+        return _THINKING.search(self.source + (self._tool_source or "")) is not None
 
     def _render(self, inputs: _Inputs, add_generation_prompt: bool, protect: Protect | None = None) -> str:
         template = self._template if inputs.tools is None else self._tool_template
@@ -220,6 +263,15 @@ class _Inputs:
             f"the messages or tools hold a {type(value).__name__}; a template takes text, numbers,"
             " true, false, none, lists and dictionaries"
         )
+
+
+def _as_thinking(message: Message) -> Message:
+    """A message for a template that reads `thinking`. gpt-oss takes that or a content beside a tool call, not both."""
+    reasoning = message.get("reasoning_content")
+    if not isinstance(reasoning, str) or not reasoning or "thinking" in message:
+        return message
+    named = {**message, "thinking": reasoning}
+    return {**named, "content": ""} if message.get("tool_calls") else named
 
 
 def _source(metadata: Mapping[str, Any], key: str) -> str | None:

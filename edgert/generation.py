@@ -1,8 +1,8 @@
 """Token ids in, pieces of text out, a whole answer at the end.
 
-A Stream takes an iterator of tokens from whoever makes them, ends it at a stop token, a stop string, a limit
-or a cancel, and turns ids into whole characters. It counts, times, and releases what it holds exactly once.
-It knows nothing of models, samplers or caches.
+A Stream takes an iterator of tokens from whoever makes them, ends it at a stop token, a stop string, a limit or a
+cancel, turns ids into whole characters, and keeps reasoning and answer apart where the model does. It counts, times,
+and releases what it holds exactly once. It knows nothing of models, samplers or caches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import OptionError
+from edgert.reasoning import Kind, Part, PlainText, Splitter
 from edgert.sampling import log_softmax, top_logprobs
+from edgert.stop_cutter import StopCutter
 from edgert.types import ExpertCounts
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
@@ -48,6 +50,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None  # as long as token_ids; None if not asked for
+    kind: Kind = "answer"  # or "reasoning", which a chat template may mark
 
 
 @dataclass(slots=True)
@@ -78,17 +81,21 @@ class Usage(ExpertCounts):
 class Completion:
     """An answer, whole or so far."""
 
-    text: str
-    token_ids: tuple[int, ...]  # without a stop token and what a stop string cut off
+    text: str  # the answer alone
+    token_ids: tuple[int, ...]  # of reasoning and answer, without a stop token and what a stop string cut off
     finish_reason: FinishReason | None  # None: not finished, or ended by an error
     stop: str | None  # the stop string that was met
     logprobs: tuple[TokenLogprob, ...] | None  # as long as token_ids; None if not asked for
     usage: Usage
+    reasoning: str = ""  # what came before the answer, where the chat template marks it
 
 
 @dataclass(frozen=True)
 class StopRules:
-    """When an answer ends. OptionError for an empty stop string or a limit below one token."""
+    """When an answer ends; a stop string is looked for in the answer, not in its reasoning.
+
+    OptionError for an empty stop string or a limit below one token.
+    """
 
     stop_ids: Collection[int] = frozenset()
     stop: Collection[str] = ()  # one string stands for itself
@@ -115,68 +122,29 @@ class Detokenizer(Protocol):
         """What is left, broken characters replaced."""
 
 
-class StopCutter:
-    """Lets text through until it contains a stop string; holds back what may be the beginning of one.
-
-    Of several, the one that is complete first counts, so that the cut does not depend on token borders.
-    """
-
-    def __init__(self, stop: Collection[str]) -> None:
-        self.met: str | None = None
-        self._stop = tuple(stop)
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """The text that is free to go now that `text` is there; nothing after a stop string."""
-        if self.met is not None:
-            return ""
-        text = self._held + text
-        found = [(place + len(s), place, s) for s in self._stop if (place := text.find(s)) >= 0]
-        if found:
-            _, place, self.met = min(found)
-            self._held = ""
-            return text[:place]
-        n_free = len(text) - max((_overlap(text, s) for s in self._stop), default=0)
-        self._held = text[n_free:]
-        return text[:n_free]
-
-    def flush(self) -> str:
-        """What was held back, now that nothing follows."""
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`, at most all but one."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
 @dataclass(slots=True)
 class _Said:
     """What has been given to the reader, and the tokens whose text is not out yet, with its place."""
 
-    texts: list[str] = field(default_factory=list)
+    texts: dict[Kind, list[str]] = field(default_factory=lambda: {"answer": [], "reasoning": []})
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     waiting: deque[tuple[int, TokenEvent]] = field(default_factory=deque)
     n_received: int = 0  # characters out of the detokenizer
-    n_given: int = 0  # characters in pieces
 
-    def piece(self, text: str, all_tokens: bool) -> Piece | None:
-        """Give out `text` with the tokens that begin in it, or with all; None for neither text nor token."""
-        self.n_given += len(text)
+    def piece(self, part: Part, all_tokens: bool) -> Piece | None:
+        """Give out a part with the tokens that begin in it, or with all; None for neither text nor token."""
         events = []
-        while self.waiting and (all_tokens or self.waiting[0][0] < self.n_given):
+        while self.waiting and (all_tokens or self.waiting[0][0] < part.end):
             events.append(self.waiting.popleft()[1])
-        if not text and not events:
+        if not part.text and not events:
             return None
         ids = tuple(token_id for token_id, _ in events)
         logprobs = tuple(logprob for _, logprob in events if logprob is not None)
-        self.texts.append(text)
+        self.texts[part.kind].append(part.text)
         self.token_ids += ids
         self.logprobs += logprobs
-        return Piece(text, ids, logprobs if len(logprobs) == len(ids) and logprobs else None)
+        return Piece(part.text, ids, logprobs if len(logprobs) == len(ids) and logprobs else None, part.kind)
 
 
 class Stream(Iterator[Piece]):
@@ -194,6 +162,7 @@ class Stream(Iterator[Piece]):
         detokenizer: Detokenizer,
         rules: StopRules,
         *,
+        splitter: Splitter | None = None,  # tells reasoning from answer; None: all is answer
         usage: Usage | None = None,  # shared with `tokens`, which fills its part
         cancelled: threading.Event | None = None,  # shared with `tokens`, to look at in a long prefill
         started: float | None = None,  # time.perf_counter() of the request; None is now
@@ -203,11 +172,13 @@ class Stream(Iterator[Piece]):
         self._tokens = tokens
         self._detokenizer = detokenizer
         self._rules = rules
+        self._splitter = splitter or PlainText()
         self._cutter = StopCutter(rules.stop)
         self._cancelled = cancelled or threading.Event()
         self._started = time.perf_counter() if started is None else started
         self._decode_s = 0.0
         self._said = _Said()
+        self._ready: deque[tuple[Part, bool]] = deque()  # to be given out, with all tokens that wait or only its own
         self._stepping = threading.Lock()
         self._closing = False
         self._released = False
@@ -227,18 +198,24 @@ class Stream(Iterator[Piece]):
 
     def _next_piece(self) -> Piece | None:
         """Advance until there is something to give out; None at the end."""
-        while not self._released:
-            text = self._advance()
+        while True:
+            while self._ready:
+                piece = self._said.piece(*self._ready.popleft())
+                if piece is not None:
+                    return piece
+            if self._released:
+                return None
+            parts = self._advance()
             ended = self.finish_reason is not None
-            piece = self._said.piece(text, all_tokens=ended and self._cutter.met is None)
             if ended:
+                parts = parts or [Part("answer", "", 0)]  # for tokens without text
                 self._release()
-            if piece is not None:
-                return piece
-        return None
+            last = len(parts) - 1
+            whole = ended and self._cutter.met is None
+            self._ready.extend((part, whole and number == last) for number, part in enumerate(parts))
 
-    def _advance(self) -> str:
-        """Take one token; the text that it sets free. Sets finish_reason where the answer ends."""
+    def _advance(self) -> list[Part]:
+        """Take one token; the parts that it sets free. Sets finish_reason where the answer ends."""
         before = time.perf_counter()
         event = None if self._cancelled.is_set() else next(self._tokens, None)
         if event is None:
@@ -246,22 +223,44 @@ class Stream(Iterator[Piece]):
         self._count(before)
         if event[0] in self._rules.stop_ids:
             return self._end("stop")
-        said = self._said
-        said.waiting.append((said.n_received, event))
-        received = self._detokenizer.push(event[0])
-        said.n_received += len(received)
-        text = self._cutter.push(received)
+        self._said.waiting.append((self._said.n_received, event))
+        parts = self._cut(self._split(event[0]))
         if self._cutter.met is not None:
             self.finish_reason = "stop"
         elif self.usage.generated_tokens == self._rules.max_tokens:
-            return text + self._end("length")
-        return text
+            return parts + self._end("length")
+        return parts
 
-    def _end(self, reason: FinishReason) -> str:
-        """Set the finish reason; the last text, of what was held back."""
-        text = self._cutter.push(self._detokenizer.flush()) + self._cutter.flush()
+    def _split(self, token_id: int) -> list[Part]:
+        """The parts that are certain with one more token."""
+        mark = self._splitter.marks.get(token_id)
+        if mark is not None and self._splitter.takes(mark):
+            return self._pushed(self._detokenizer.flush()) + self._splitter.mark(mark)
+        return self._pushed(self._detokenizer.push(token_id))
+
+    def _pushed(self, text: str) -> list[Part]:
+        self._said.n_received += len(text)
+        return self._splitter.push(text)
+
+    def _cut(self, parts: list[Part]) -> list[Part]:
+        """The parts up to a stop string in the answer, or without what may be the beginning of one."""
+        free: list[Part] = []
+        for kind, text, end in parts:
+            begin = end - len(text) - self._cutter.n_held
+            cut = self._cutter.push(text) if kind == "answer" else self._cutter.flush()
+            free.append(Part("answer", cut, begin + len(cut)))
+            if self._cutter.met is not None:
+                break
+            if kind == "reasoning":
+                free.append(Part(kind, text, end))
+        return [part for part in free if part.text]
+
+    def _end(self, reason: FinishReason) -> list[Part]:
+        """Set the finish reason; the last parts, of what was held back."""
+        parts = self._cut(self._pushed(self._detokenizer.flush()) + self._splitter.flush())
+        held = self._cutter.flush()
         self.finish_reason = reason if self._cutter.met is None else "stop"
-        return text
+        return [*parts, Part("answer", held, self._said.n_received)] if held else parts
 
     def _count(self, before: float) -> None:
         """One more token, which was asked for at `before`."""
@@ -292,6 +291,7 @@ class Stream(Iterator[Piece]):
         self._cancelled.set()
         if self._stepping.acquire(blocking=False):
             try:
+                self._ready.clear()
                 if not self._released:
                     self.finish_reason = "cancelled"
                     self._release()
@@ -313,12 +313,13 @@ class Stream(Iterator[Piece]):
         """The answer so far: exactly the pieces that were given out."""
         said = self._said
         return Completion(
-            text="".join(said.texts),
+            text="".join(said.texts["answer"]),
             token_ids=tuple(said.token_ids),
             finish_reason=self.finish_reason,
             stop=self._cutter.met,
             logprobs=tuple(said.logprobs) if said.logprobs else None,
             usage=self.usage,
+            reasoning="".join(said.texts["reasoning"]),
         )
 
     def finish(self) -> Completion:

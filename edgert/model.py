@@ -22,6 +22,7 @@ from edgert.errors import ContextLengthError, EdgertError, OptionError
 from edgert.generation import Completion, StopRules, Stream, TokenEvent, TokenLogprob, Usage
 from edgert.loading import Parts, load_parts
 from edgert.memory import MemoryPlan, parse_size
+from edgert.reasoning import Splitter
 from edgert.sampling import Sampler, Sampling
 from edgert.streaming import prefetch_state
 from edgert.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ class _Request:
     sampler: Sampler
     n_logprobs: int | None
     usage: Usage
+    splitter: Splitter | None = None  # of reasoning and answer
     cancelled: threading.Event = field(default_factory=threading.Event)
     stream: weakref.ref[Stream] | None = None  # where the caller reads it piece by piece
 
@@ -198,6 +200,7 @@ class Model:
         messages: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        variables: Mapping[str, Any] | None = ...,
         max_tokens: int | None = ...,
         stop: str | Sequence[str] = ...,
         logprobs: int | None = ...,
@@ -212,6 +215,7 @@ class Model:
         messages: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        variables: Mapping[str, Any] | None = ...,
         max_tokens: int | None = ...,
         stop: str | Sequence[str] = ...,
         logprobs: int | None = ...,
@@ -225,6 +229,7 @@ class Model:
         messages: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
@@ -234,11 +239,14 @@ class Model:
     ) -> Completion | Stream:
         """Answer a conversation of {"role": ..., "content": ...} through the model's chat template.
 
-        Sampling defaults are the model's own (`defaults`). What the cache still holds of earlier turns is not computed
-        again. Otherwise as generate().
+        variables: what the template knows besides, as {"enable_thinking": False}. Reasoning that it marks is kept
+        apart: in pieces of kind "reasoning", in the answer's `reasoning`; messages may hold it as "reasoning_content",
+        which templates mostly drop. Sampling defaults are the model's own (`defaults`). What the cache still holds of
+        earlier turns is not computed again. Otherwise as generate().
         """
-        ids = self.template.encode(messages, tools=tools)
+        ids = self.template.encode(messages, tools=tools, **(variables or {}))
         request = self._request(ids, (sampling or self.defaults).changed(**options), logprobs)
+        request.splitter = self.template.splitter(ids)
         answer = self._answer(request, max_tokens, stop)
         return _handed_out(answer, request) if stream else answer.finish()
 
@@ -265,6 +273,7 @@ class Model:
             self._tokens(request),
             self.tokenizer.detokenizer(after=after),
             rules,
+            splitter=request.splitter,
             usage=request.usage,
             cancelled=request.cancelled,
             started=time.perf_counter(),

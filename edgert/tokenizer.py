@@ -169,6 +169,12 @@ class Tokenizer:
         """The id of the token that the vocabulary writes like this ("▁" or "Ġ" for a space), or None."""
         return self._vocabulary.ids.get(token_text)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the control token, or token of the user's own, that is written like this, or None."""
+        id_ = self._vocabulary.ids.get(text)
+        special = (*_HIDDEN, TokenType.USER_DEFINED)
+        return id_ if id_ is not None and self._types[id_] in special else None
+
     def token_text(self, token_id: int) -> str:
         """How the vocabulary writes a token. Raises TokenizerError for an unknown id."""
         self._check(token_id)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from edgert.errors import ContextLengthError, ModelFileError
 from edgert.generation import StopRules, Stream, Usage
+from edgert.reasoning import Marks
 from edgert.sampling import Sampling
 
 DESCRIPTION = {
@@ -67,11 +68,16 @@ class Characters:
 
 
 class Model:
-    """Answers 'You said: ...'; `calls` keeps what it was asked, `delay_s` passes before each token."""
+    """Answers 'You said: ...'; `calls` keeps what it was asked, `delay_s` passes before each token.
 
-    def __init__(self, name="fake", n_context=2048, delay_s=0.0, is_default=False):
+    thinks: before it answers, as its template marks.
+    """
+
+    def __init__(self, name="fake", n_context=2048, delay_s=0.0, is_default=False, thinks=False):
         self.name, self.n_context, self.delay_s = name, n_context, delay_s
-        self.template = types.SimpleNamespace(is_default=is_default)
+        switches = frozenset({"enable_thinking"} if thinks else ())
+        self.template = types.SimpleNamespace(is_default=is_default, thinking_switches=switches)
+        self.thinks = thinks
         self.defaults = Sampling(temperature=0.7, repetition_penalty=1.1)
         self.memory = types.SimpleNamespace(warning="")
         self.tokenizer = Characters()
@@ -83,11 +89,14 @@ class Model:
     def __exit__(self, *_):
         self.closed += 1
 
-    def chat(self, messages, *, stream, sampling, max_tokens=None, stop=()):
+    def chat(self, messages, *, stream, sampling, max_tokens=None, stop=(), variables=None):
         given = {"sampling": sampling, "max_tokens": max_tokens, "stop": stop}
-        self.calls.append({"messages": messages, **given})
+        self.calls.append({"messages": messages, "variables": variables, **given})
         prompt = "".join(f"<{m['role']}>{m['content']}" for m in messages)
-        return self._stream(f"{prompt}<assistant>", f"You said: {messages[-1]['content']}", max_tokens, stop)
+        answer = f"You said: {messages[-1]['content']}"
+        if self.thinks and (variables or {}).get("enable_thinking", True):
+            answer = f"<think>\nHm, so.\n</think>\n\n{answer}"
+        return self._stream(f"{prompt}<assistant>", answer, max_tokens, stop)
 
     def generate(self, prompt, *, stream, sampling, max_tokens=None, stop=()):
         self.calls.append({"prompt": prompt, "sampling": sampling, "max_tokens": max_tokens, "stop": stop})
@@ -116,7 +125,8 @@ class Model:
         counts = {"expert_hits": 3, "expert_misses": 1, "bytes_read": 2048, "flash_wait_s": 0.01, "flash_busy_s": 0.02}
         usage = Usage(prompt_tokens=len(prompt), cached_tokens=same, prefetch_useful=1024, **counts)
         rules = StopRules(stop_ids={0}, stop=stop, max_tokens=max_tokens)
-        return Stream(tokens(), Characters(), rules, usage=usage)
+        splitter = Marks("<think>", "</think>").splitter("", {}) if self.thinks else None
+        return Stream(tokens(), Characters(), rules, splitter=splitter, usage=usage)
 
 
 def install(model: Model, set_module=sys.modules.__setitem__) -> Model:
@@ -141,6 +151,7 @@ if __name__ == "__main__":
             delay_s=float(os.environ.get("DELAY_S", "0")),
             n_context=int(os.environ.get("N_CONTEXT", "2048")),
             is_default="CHATML" in os.environ,
+            thinks="THINKS" in os.environ,
         )
     )
     from edgert.cli.main import main

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,14 @@ from edgert.cli.conversation import Conversation
 from edgert.cli.options import Chosen, Json, ModelName, Prompt, command, read_prompt
 from edgert.errors import OptionError
 
+if TYPE_CHECKING:
+    from edgert.model import Model
+
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.", show_default=False)]
+Thinking = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", help="Ask for reasoning, or for none, where the model has a switch for it."),
+]
 
 
 @command(sampling="model")
@@ -20,6 +27,7 @@ def chat(
     model: ModelName = None,
     prompt: Prompt = None,
     system: System = None,
+    thinking: Thinking = None,
     json: Json = False,
     *,
     chosen: Chosen,
@@ -34,17 +42,28 @@ def chat(
         sampling = opened.defaults.changed(**chosen.sampling)
         conversation = Conversation()
         conversation.set_system(system)
+        options = {**chosen.ending, **_variables(opened, thinking)}
         if not text:
             from edgert.cli.session import Session
 
-            return Session(opened, conversation, sampling, chosen.ending).run()
-        stream = opened.chat(conversation.asking(text), stream=True, sampling=sampling, **chosen.ending)
+            return Session(opened, conversation, sampling, options).run()
+        stream = opened.chat(conversation.asking(text), stream=True, sampling=sampling, **options)
         completion = output.read_out(stream, silent=json)
         if json:
             output.write_json(output.as_json(completion, opened))
         else:
             output.write("\n")
             output.note_full_context(completion, opened)
+
+
+def _variables(model: Model, thinking: bool | None) -> dict[str, Any]:
+    """What the template is told of thinking; a note where it has no switch for it."""
+    if thinking is None:
+        return {}
+    switches = model.template.thinking_switches
+    if not switches:
+        output.note(f"{model.name} has no switch for thinking: --{'' if thinking else 'no-'}think changes nothing")
+    return {"variables": dict.fromkeys(switches, thinking)} if switches else {}
 
 
 def _check_terminal(text: str | None, json: bool) -> None:

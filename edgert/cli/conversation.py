@@ -13,6 +13,7 @@ from edgert.errors import OptionError
 
 FORMAT = "edgert chat 1"
 ROLES = ("system", "user", "assistant", "tool")
+REASONING = "reasoning_content"  # as templates call what an assistant thought before it answered
 LARGEST_FILE = 64 << 20  # bytes; a chat is text that once fitted a context
 
 Message = dict[str, str]
@@ -43,9 +44,10 @@ class Conversation:
         """The messages with a question at the end; the conversation itself is unchanged."""
         return [*self.messages, {"role": "user", "content": text}]
 
-    def add(self, question: str, answer: str) -> None:
-        """A turn that took place."""
-        self.messages = [*self.asking(question), {"role": "assistant", "content": answer}]
+    def add(self, question: str, answer: str, reasoning: str = "") -> None:
+        """A turn that took place. Its reasoning is kept beside the answer: a template shows it again or drops it."""
+        said = {"role": "assistant", "content": answer, **({REASONING: reasoning} if reasoning else {})}
+        self.messages = [*self.asking(question), said]
 
     def save(self, path: Path, model: str) -> None:
         """Write the messages as JSON, aside, then renamed. OptionError where `path` is another thing."""
@@ -84,7 +86,7 @@ def read(path: Path) -> list[Message]:
     messages = document.get("messages")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise OptionError(f"{path} is damaged: its messages are not pairs of role and content")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{key: m[key] for key in ("role", "content", REASONING) if key in m} for m in messages]
 
 
 def _content(path: Path) -> bytes:
@@ -100,6 +102,7 @@ def _content(path: Path) -> bytes:
 
 def _is_message(value: Any) -> bool:
     """Whether it is a role and a text; JSON can spell halves of characters, which are no text."""
-    if not isinstance(value, dict) or value.get("role") not in ROLES or not isinstance(value.get("content"), str):
+    if not isinstance(value, dict) or value.get("role") not in ROLES:
         return False
-    return not any("\ud800" <= character <= "\udfff" for character in value["content"])
+    texts = [value.get("content"), value.get(REASONING, "")]
+    return all(isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text) for text in texts)

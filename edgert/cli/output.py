@@ -52,9 +52,13 @@ def harmless(text: str) -> str:
     return text.translate(_HARMLESS)
 
 
-def write(text: str) -> None:
-    """A model's text to stdout, at once."""
-    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+def write(text: str, *, dim: bool = False) -> None:
+    """A model's text to stdout, at once; dim: pale, on a terminal that can."""
+    if sys.stdout.isatty():
+        text = harmless(text)
+        if dim and os.environ.get("TERM", "dumb") != "dumb":
+            text = f"\x1b[2m{text}\x1b[22m"
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
@@ -197,12 +201,19 @@ class Waiting:
 
 
 def read_out(stream: Stream, *, silent: bool = False) -> Completion:
-    """Read a stream to its end, writing each piece at once unless `silent`; the whole answer."""
+    """Read a stream to its end, writing each piece at once unless `silent`; the whole answer.
+
+    Reasoning is shown on terminals only, pale and before the answer: what goes into a file or a pipe is the answer.
+    """
+    shown = ("answer", "reasoning") if sys.stdout.isatty() else ("answer",)
+    last = ""
     with stream, Waiting() as waiting:
         for piece in stream:
             waiting.stop()
-            if not silent:
-                write(piece.text)
+            if silent or piece.kind not in shown or not piece.text:
+                continue
+            write(("\n\n" if last not in ("", piece.kind) else "") + piece.text, dim=piece.kind == "reasoning")
+            last = piece.kind
     return stream.completion
 
 
@@ -218,6 +229,7 @@ def as_json(completion: Completion, model: Model, before: str = "") -> dict[str,
     return {
         "model": model.name,
         "text": before + completion.text,
+        "reasoning": completion.reasoning,
         "finish_reason": completion.finish_reason,
         "stop": completion.stop,
         "usage": {**asdict(usage), **{name: getattr(usage, name) for name in _DERIVED}},

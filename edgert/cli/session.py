@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 class Session:
     """One person, one model, one conversation."""
 
-    def __init__(self, model: Model, conversation: Conversation, sampling: Sampling, ending: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Model, conversation: Conversation, sampling: Sampling, options: Mapping[str, Any]
+    ) -> None:
         self._model = model
         self._conversation = conversation
         self._sampling = sampling
-        self._ending = ending
+        self._options = options  # of Model.chat besides
         self._last: Usage | None = None
         self._turns = 0
         self._generated = 0
@@ -75,7 +77,7 @@ class Session:
         """Ask the model and show its answer; what was said is kept, also when it was stopped."""
         messages = self._conversation.asking(text)
         try:
-            stream = self._model.chat(messages, stream=True, sampling=self._sampling, **self._ending)
+            stream = self._model.chat(messages, stream=True, sampling=self._sampling, **self._options)
         except ContextLengthError as problem:
             output.error(problem)
             return self._say_how_to_go_on()
@@ -86,7 +88,7 @@ class Session:
         self._turns += 1
         self._generated += completion.usage.generated_tokens
         if completion.text or completion.finish_reason != "cancelled":
-            self._conversation.add(text, completion.text)
+            self._conversation.add(text, completion.text, completion.reasoning)
         output.note(status_line(completion, self._model.n_context))
         if completion.finish_reason == "context":
             self._say_how_to_go_on()
