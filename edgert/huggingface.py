@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from edgert.errors import MemoryLimitError, ModelFileError
 from edgert.huggingface_config import read_folder_config, sampling_keys
-from edgert.huggingface_tensors import FolderTensor, folder_tensors, row_order
+from edgert.huggingface_layout import FolderTensor, Stored
+from edgert.huggingface_tensors import folder_tensors, row_order
 from edgert.huggingface_tokenizer import tokenizer_keys
 from edgert.storage.json_file import JsonObject, read_json, short
 from edgert.storage.safetensors_file import SafetensorsFile, StoredTensor
@@ -113,6 +114,8 @@ class HuggingFaceFolder:
         info = self.info(name)
         if first_row < 0 or n_rows < 0 or first_row + n_rows > info.n_rows:
             raise IndexError(f"rows {first_row} to {first_row + n_rows} of '{name}', which has {info.n_rows}")
+        if info.form is not None:
+            return info.form.rows(self._stored, first_row, n_rows)
         if not info.half_head:
             return self._rows(info, first_row, n_rows)
         if len(info.shape) == 1:  # a bias: its elements are what rows are elsewhere
@@ -126,24 +129,28 @@ class HuggingFaceFolder:
 
     def _rows(self, info: FolderTensor, first_row: int, n_rows: int) -> npt.NDArray[np.uint8]:
         """Rows as the files have them, from as many runs as it takes."""
-        first, n_bytes = first_row * info.row_bytes, n_rows * info.row_bytes
         if info.values is not None:
-            return info.values[first : first + n_bytes].reshape(n_rows, info.row_bytes).copy()
+            first, last = first_row * info.row_bytes, (first_row + n_rows) * info.row_bytes
+            return info.values[first:last].reshape(n_rows, info.row_bytes).copy()
+        return self._stored(Stored(info.name, info.runs, info.n_bytes, info.row_bytes), first_row, n_rows)
+
+    def _stored(self, stored: Stored, first_row: int, n_rows: int) -> npt.NDArray[np.uint8]:
+        first, n_bytes = first_row * stored.row_bytes, n_rows * stored.row_bytes
         try:
             raw = np.empty(n_bytes, np.uint8)
         except MemoryError as error:
             raise MemoryLimitError(
-                f"{self.path}: reading tensor '{info.name}' needs {n_bytes:,} bytes of memory, which are not free;"
+                f"{self.path}: reading tensor '{stored.name}' needs {n_bytes:,} bytes of memory, which are not free;"
                 " close other programs or take a smaller model"
             ) from error
-        run_bytes, done = info.n_bytes // len(info.runs), 0
+        run_bytes, done = stored.n_bytes // len(stored.runs), 0
         while done < n_bytes:
             number, inside = divmod(first + done, run_bytes)
             amount = min(run_bytes - inside, n_bytes - done)
-            run = info.runs[number]
+            run = stored.runs[number]
             self._files[run.file].read(run.offset + inside, raw[done : done + amount])
             done += amount
-        return raw.reshape(n_rows, info.row_bytes)
+        return raw.reshape(n_rows, stored.row_bytes)
 
     def _open_shards(self, stack: ExitStack) -> tuple[dict[str, tuple[int, StoredTensor]], tuple[Path, ...]]:
         """Open all files with weights; their tensors by name with the number of the file, and the index if there is."""

@@ -7,13 +7,14 @@ over, as `transformers` passes them over. Tensors and tokenizers are not known h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edgert.errors import UnsupportedError
+from edgert.huggingface_families import FAMILIES, Family
+from edgert.huggingface_settings import deepseek_keys, gpt_oss_keys, multiplier_keys, single, yarn_keys
 from edgert.storage.json_file import JsonObject, short
 from edgert.types import Floats
 
@@ -23,77 +24,6 @@ _MAX_LAYERS = 1 << 16
 _MAX_VOCABULARY = 1 << 20
 _MAX_HEAD = 1 << 16
 
-_ATTENTION = {
-    "input_layernorm.weight": ("attn_norm.weight",),
-    "post_attention_layernorm.weight": ("ffn_norm.weight",),
-    "self_attn.q_norm.weight": ("attn_q_norm.weight",),
-    "self_attn.k_norm.weight": ("attn_k_norm.weight",),
-} | {
-    f"self_attn.{theirs}_proj.{kind}": (f"attn_{ours}.{kind}",)
-    for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
-    for kind in ("weight", "bias")
-}
-_DENSE = {f"mlp.{part}_proj.weight": (f"ffn_{part}.weight",) for part in ("gate", "up", "down")}
-_STACKED = {  # as transformers 5 has them in memory, and as some tools save them
-    "mlp.gate.weight": ("ffn_gate_inp.weight",),
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
-    "mlp.experts.down_proj": ("ffn_down_exps.weight",),
-}
-_EXPERTS = _STACKED | {
-    f"mlp.experts.{{e}}.{part}_proj.weight": (f"ffn_{part}_exps.weight",) for part in ("gate", "up", "down")
-}
-_MIXTRAL = _STACKED | {
-    "block_sparse_moe.gate.weight": ("ffn_gate_inp.weight",),
-    "block_sparse_moe.experts.{e}.w1.weight": ("ffn_gate_exps.weight",),
-    "block_sparse_moe.experts.{e}.w3.weight": ("ffn_up_exps.weight",),
-    "block_sparse_moe.experts.{e}.w2.weight": ("ffn_down_exps.weight",),
-}
-_SHARED = {
-    f"mlp.shared_expert.{part}_proj.weight": (f"ffn_{part}_shexp.weight",) for part in ("gate", "up", "down")
-} | {"mlp.shared_expert_gate.weight": ("ffn_gate_inp_shexp.weight",)}
-_GRANITE = {
-    "block_sparse_moe.router.layer.weight": ("ffn_gate_inp.weight",),
-    "block_sparse_moe.input_linear.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
-    "block_sparse_moe.output_linear.weight": ("ffn_down_exps.weight",),
-    "block_sparse_moe.router.weight": ("ffn_gate_inp.weight",),  # this and the next two: as transformers 5 has them
-    "block_sparse_moe.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
-    "block_sparse_moe.experts.down_proj": ("ffn_down_exps.weight",),
-    "shared_mlp.input_linear.weight": ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
-    "shared_mlp.output_linear.weight": ("ffn_down_shexp.weight",),
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What one class of `transformers` is in GGUF.
-
-    names: a layer's tensors; two names on the right are the first and second half of the rows (of each expert); {e} is
-    an expert's number. interleaves: GGUF turns neighbouring rows of q and k where `transformers` turns halves of a
-    head. eps, base: the class's defaults. normalises: what `norm_topk_prob` must be, None where there is no such key.
-    window: whether `sliding_window` counts without `use_sliding_window`.
-    """
-
-    architecture: str
-    names: Mapping[str, tuple[str, ...]] = field(repr=False)
-    interleaves: bool = False
-    eps: float = 1e-6
-    base: float = 10_000.0
-    normalises: bool | None = None
-    window: bool = False
-    routed: bool = True
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family("llama", _ATTENTION | _DENSE, interleaves=True, routed=False),
-    "MistralForCausalLM": Family("llama", _ATTENTION | _DENSE, interleaves=True, window=True, routed=False),
-    "MixtralForCausalLM": Family("llama", _ATTENTION | _MIXTRAL, interleaves=True, eps=1e-5, base=1e6, window=True),
-    "OlmoeForCausalLM": Family("olmoe", _ATTENTION | _EXPERTS, eps=1e-5, normalises=False),
-    "Qwen2MoeForCausalLM": Family("qwen2moe", _ATTENTION | _EXPERTS | _SHARED, normalises=False),
-    "Qwen3MoeForCausalLM": Family("qwen3moe", _ATTENTION | _EXPERTS, normalises=True),
-    "GraniteMoeForCausalLM": Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True),
-    "GraniteMoeSharedForCausalLM": Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True),
-}
-
 
 @dataclass(frozen=True)
 class FolderConfig:
@@ -102,6 +32,7 @@ class FolderConfig:
     family: Family
     n_layers: int
     n_expert: int  # 0: dense
+    n_unused_layers: int  # at the end of the folder, which predict further tokens and are not run
     d_head: int
     n_vocab: int
     tied: bool  # the head is the embedding table
@@ -120,27 +51,21 @@ def read_folder_config(config: JsonObject) -> FolderConfig:
     keys = _shape_keys(config, family)
     if family.routed:
         keys |= _expert_keys(config, family)
-    if family.architecture == "granitemoe":
-        keys |= _multiplier_keys(config)
-    d_head = keys["attention.key_length"]
-    rope, divisors = _rope(config, family, d_head)
+    if (own := _OWN_KEYS.get(family.architecture)) is not None:
+        keys |= own(config)
+    rope, divisors = _rope(config, family, keys["rope.dimension_count"])
     prefixed = {f"{family.architecture}.{key}": value for key, value in (keys | rope).items()}
     return FolderConfig(
         family=family,
         n_layers=keys["block_count"],
         n_expert=keys.get("expert_count", 0),
-        d_head=d_head,
+        n_unused_layers=config.integer("num_nextn_predict_layers", 0) if family.architecture == "deepseek2" else 0,
+        d_head=keys["attention.key_length"],
         n_vocab=keys["vocab_size"],
         tied=config.boolean("tie_word_embeddings", False),
         metadata={"general.architecture": family.architecture, **prefixed},
         rope_divisors=divisors,
     )
-
-
-def single(value: float) -> float:
-    """A number as GGUF keeps it, so that a model is the same from either: rounded to single precision."""
-    with np.errstate(over="ignore"):  # the infinity is refused by whoever reads the key
-        return float(np.float32(value))
 
 
 def sampling_keys(generation: JsonObject) -> dict[str, Any]:
@@ -176,8 +101,9 @@ def _family(config: JsonObject) -> Family:
 
 def _refuse_unsupported(config: JsonObject, family: Family) -> None:
     """Raise UnsupportedError for the first setting that would change the answers."""
-    if config.get("quantization_config") is not None:
-        method = config.object("quantization_config").get("quant_method")
+    quantised = config.get("quantization_config") is not None
+    method = config.object("quantization_config").get("quant_method") if quantised else ""
+    if quantised and method != (family.quantised or None):
         raise UnsupportedError(
             f"{config.where}: the key quantization_config is there, the weights are quantised ({short(method)}); "
             "take the model in BF16, F16 or F32, or as GGUF"
@@ -194,7 +120,8 @@ def _refuse_unsupported(config: JsonObject, family: Family) -> None:
         config.refuse("decoder_sparse_step", "edgert runs this class with experts in every layer (1)")
     if config.array("mlp_only_layers"):
         config.refuse("mlp_only_layers", "edgert runs this class with experts in every layer ([])")
-    _refuse_window(config, family)
+    if family.architecture != "gpt-oss":  # which has windows
+        _refuse_window(config, family)
 
 
 def _refuse_window(config: JsonObject, family: Family) -> None:
@@ -231,19 +158,9 @@ def _shape_keys(config: JsonObject, family: Family) -> dict[str, Any]:
     }
 
 
-def _multiplier_keys(config: JsonObject) -> dict[str, Any]:
-    """Granite's four multipliers; the class's defaults are 1, where a GGUF without attention.scale means 1/sqrt(d)."""
-    names = {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
-    }
-    return {ours: single(config.number(theirs, 1.0)) for ours, theirs in names.items()}
-
-
 def _expert_keys(config: JsonObject, family: Family) -> dict[str, Any]:
-    name = "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    name = next((name for name in names if config.get(name) is not None), "num_experts")
     n_expert = config.integer(name, least=1, most=_MAX_EXPERTS)
     if config.integer("num_experts", n_expert) != n_expert:
         config.wrong("num_experts", config.get("num_experts"), f"num_local_experts = {n_expert}")
@@ -282,25 +199,10 @@ def _rope(config: JsonObject, family: Family, d_head: int) -> tuple[dict[str, An
     if kind == "llama3":
         return keys, _llama3_divisors(rope, base, factor, d_head)
     keys |= {"rope.scaling.type": kind, "rope.scaling.factor": single(factor)}
-    if kind == "yarn":
-        _refuse_yarn(rope, factor)
-        context = config.integer("max_position_embeddings", least=1)
-        original = rope.integer("original_max_position_embeddings", context, least=1)
-        keys["rope.scaling.original_context_length"] = original
-    return keys, None
+    return keys | (yarn_keys(config, rope, family, factor) if kind == "yarn" else {}), None
 
 
-def _refuse_yarn(rope: JsonObject, factor: float) -> None:
-    """Raise UnsupportedError for a setting of YaRN that is not the usual one, which alone edgert has."""
-    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1 + 0.1 * math.log(factor)}
-    for key, value in usual.items():
-        if not math.isclose(rope.number(key, value), value, rel_tol=1e-6):
-            rope.refuse(key, f"edgert's YaRN has {value:.7g}")
-    for key in ("mscale", "mscale_all_dim"):
-        if rope.get(key) is not None:
-            rope.refuse(key, "edgert's YaRN does not have it: take another model")
-    if not rope.boolean("truncate", True):
-        rope.refuse("truncate", "edgert's YaRN has true")
+_OWN_KEYS = {"granitemoe": multiplier_keys, "gpt-oss": gpt_oss_keys, "deepseek2": deepseek_keys}
 
 
 def _llama3_divisors(rope: JsonObject, base: float, factor: float, d_head: int) -> Floats:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +16,11 @@ from gguf import GGMLQuantizationType as Type
 
 from edgert.errors import ModelFileError, UnsupportedError
 from edgert.huggingface_config import FolderConfig
+from edgert.huggingface_layout import FolderTensor, Run
+from edgert.huggingface_oss import FLOATS, OssExperts
 from edgert.storage.json_file import short
 from edgert.storage.safetensors_file import StoredTensor
 
-_TYPES = {"F32": Type.F32, "F16": Type.F16, "BF16": Type.BF16}
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.+)", re.DOTALL)
 _EXPERT = re.compile(r"\.experts\.(\d{1,6})\.")
 _OUTER = {
@@ -31,40 +30,6 @@ _OUTER = {
 }
 _COMPUTED = "self_attn.rotary_emb.inv_freq"  # old checkpoints hold the rotation's frequencies, which follow from others
 _DOWNLOAD = "the folder is damaged: download it again"
-
-
-class Run(NamedTuple):
-    """Rows that lie side by side: in which of the folder's files, and from which byte."""
-
-    file: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class FolderTensor:
-    """A tensor as GGUF would have it, with shape from the slowest dimension to the fastest.
-
-    runs: equally long, in the order of the rows. half_head: of a tensor whose heads' rows are put in turns, one of the
-    first half of the head, one of the second, half as many as a head has; else 0. values: of a tensor that no file has.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: Type
-    n_bytes: int
-    runs: tuple[Run, ...] = field(repr=False)
-    half_head: int = 0
-    values: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
-
-    @property
-    def n_rows(self) -> int:
-        """Rows along the last dimension: the product of all others."""
-        return math.prod(self.shape[:-1])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.n_bytes // self.n_rows
 
 
 class _Draft:
@@ -94,6 +59,7 @@ def folder_tensors(
             "embedding table (tie_word_embeddings); the folder is incomplete: download it again"
         )
     tensors = {name: table.finish(name, draft) for name, draft in table.drafts.items()}
+    tensors |= {tensor.name: tensor for tensor in table.oss_experts.tensors()}
     if config.rope_divisors is not None:
         values = config.rope_divisors.view(np.uint8)
         shape = config.rope_divisors.shape
@@ -105,6 +71,7 @@ class _Table:
     def __init__(self, config: FolderConfig, where: str) -> None:
         self._config, self._where = config, where
         self.drafts: dict[str, _Draft] = {}
+        self.oss_experts = OssExperts(config.n_expert, where)
 
     def add(self, name: str, file: int, tensor: StoredTensor) -> None:
         """Take in one tensor of the folder."""
@@ -114,7 +81,10 @@ class _Table:
             expert = None
         else:
             layer, rest = int(match[1]), match[2]
-            if rest == _COMPUTED:
+            if rest == _COMPUTED or 0 <= layer - self._config.n_layers < self._config.n_unused_layers:
+                return
+            dealt = self._config.family.deals_experts and layer < self._config.n_layers
+            if dealt and self.oss_experts.add(layer, rest, name, file, tensor):
                 return
             found = _EXPERT.search(rest)
             expert = None if found is None else int(found[1])
@@ -165,7 +135,7 @@ class _Table:
         draft.runs[number] = run
 
     def _check(self, name: str, tensor: StoredTensor) -> None:
-        if tensor.kind not in _TYPES:
+        if tensor.kind not in FLOATS:
             raise UnsupportedError(
                 f"{self._where}: the tensor {short(name)} holds {tensor.kind} numbers; take the model in BF16, F16 or "
                 "F32, or as GGUF"
@@ -194,7 +164,7 @@ class _Table:
                 f"{self._where}: {short(draft.source)} has the shape {draft.shape}, which is no whole number of heads "
                 f"of {self._config.d_head} (config.json: head_dim); {_DOWNLOAD}"
             )
-        return FolderTensor(name, draft.shape, _TYPES[draft.kind], n_bytes, runs, half)
+        return FolderTensor(name, draft.shape, FLOATS[draft.kind], n_bytes, runs, half)
 
     def _is_interleaved(self, name: str) -> bool:
         parts = name.split(".")

@@ -17,7 +17,8 @@ from gguf import GGMLQuantizationType as Type
 
 from edgert.architectures import read_config
 from edgert.errors import ModelFileError, OptionError
-from edgert.huggingface_config import FAMILIES, FolderConfig, read_folder_config
+from edgert.huggingface_config import FolderConfig, read_folder_config
+from edgert.huggingface_families import FAMILIES
 from edgert.storage.gguf_header import TensorInfo
 from edgert.storage.json_file import JsonObject
 from edgert.types import ModelConfig
