@@ -38,10 +38,13 @@ def _jetson(root: Path) -> Iterator[Finding]:
 
 
 def _mode(mode: PowerMode) -> Finding:
+    if mode.number not in mode.names:
+        reason = "what it limits is not told: /etc/nvpmodel.conf does not name it"
+        return Finding("board", "power mode", f"mode {mode.number}", reason)
     value = f"{mode.name} (mode {mode.number})"
-    others = ", ".join(name for number, name in mode.names.items() if number != mode.number)
+    others = ", ".join(name for number, name in mode.names.items() if number != mode.number) or "none"
     if mode.number == mode.fastest:
-        return Finding("board", "power mode", value, f"the fastest of this board{'; others: ' + others * bool(others)}")
+        return Finding("board", "power mode", value, f"the fastest of this board; others: {others}")
     fastest = mode.names[mode.fastest]
     return Finding(
         "board",

@@ -143,6 +143,9 @@ def test_what_nvpmodel_chooses_by_itself_and_other_boards(tmp_path: Path) -> Non
     write(tmp_path, etc__nv_tegra_release="# R32 (release), REVISION: 7.1, GCID: 1, BOARD: t186ref, EABI: aarch64")
     old = next(finding for finding in doctor.findings(tmp_path) if finding.name == "Jetson Linux")
     assert old.value == "32.7.1 (JetPack 4)" and "JetPack 6" in old.remedy
+    (tmp_path / "etc/nvpmodel.conf").unlink()
+    unknown = next(finding for finding in doctor.findings(tmp_path) if finding.name == "power mode")
+    assert unknown.value == "mode 2" and "not told" in unknown.reason
     assert jetson.power_mode(tmp_path / "none") is None and jetson.release(tmp_path / "none") == ""
 
 
