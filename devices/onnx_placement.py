@@ -1,6 +1,7 @@
-"""Where ONNX Runtime runs the nodes of a graph, as its profiler saw it in a run on zeros.
+"""What a provider does beside what it was told: where it runs a graph's nodes, and in which precision it multiplies.
 
-A provider takes the nodes that it can, and ONNX Runtime gives the others to the CPU without a word.
+A provider takes the nodes that it can, and ONNX Runtime gives the others to the CPU without a word: its profiler, in a
+run on zeros, says which. Some compute in bf16 or TF32 where a processor has it: a product of floats says so.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgert.devices.onnx_builder import Graph
 from edgert.devices.onnx_runtime import Model, Settings, session
 
 _SIZES = {"n": 3, "t": 5, "rows": 2, "pairs": 4}  # of a run, by the names that sizes have in graphs
@@ -34,6 +37,18 @@ def fallen(graphs: Iterable[bytes], settings: Settings) -> Counter[str]:
             if provider != settings.provider.full_name and not about_shapes:
                 found[f"{operator} on {provider}"] += 1
     return found
+
+
+def product_error(settings: Settings) -> float:
+    """What a product of float32 matrices is off by, root mean squares as a share of what it should be."""
+    random = np.random.default_rng(3)
+    x, weights = (random.standard_normal(shape).astype(np.float32) for shape in ((16, 256), (256, 256)))
+    g = Graph(exact=True)
+    y = g.op("Gemm", g.input("x", np.float32, *x.shape), g.constant(weights), name="y", transB=1)
+    g.output(y, np.float32, len(x), len(weights))
+    (found,) = session(g.model(), replace(settings, graphs=set())).run(None, {"x": x})
+    right = x.astype(np.float64) @ weights.T.astype(np.float64)
+    return float(np.sqrt(np.mean((found - right) ** 2) / np.mean(right**2)))
 
 
 def _nodes(graph: bytes, settings: Settings) -> list[tuple[str, str, list[str]]]:

@@ -36,6 +36,7 @@ Water boils at 100 degrees Celsius at sea level, and at about 93 on a mountain o
 Hello! Can you help me plan a trip to Lisbon? Of course: how many days do you have, and what do you like to eat?
 {"name": "Ada", "age": 36, "tags": ["a", "b"], "ok": true} Er sagte nichts. Elle est partie hier soir. 12 + 30 = 42."""
 _MOST_TOKENS = 32  # of the prompt
+_FLOAT32 = 1e-5  # most that a product of float32 may be off; of TF32 and fp16 it is some 3e-4, of bf16 2e-3
 _RANDOM_ROWS = 8
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _DRIVERS = ("/proc/driver/nvidia/version", "/etc/nv_tegra_release")
@@ -44,7 +45,7 @@ _DRIVERS = ("/proc/driver/nvidia/version", "/etc/nv_tegra_release")
 @dataclass(frozen=True)
 class Verdict:
     """What verification found of a device with a model. errors: shares by kind of graph. fallen: operators that another
-    provider ran. problems: why the device is not trusted; empty if it is."""
+    provider ran. product_error: of a product of float32. problems: why the device is not trusted; empty if it is."""
 
     device: str
     runtime: str
@@ -55,6 +56,7 @@ class Verdict:
     errors: dict[str, float]
     divergence: float
     fallen: dict[str, int]
+    product_error: float
     problems: tuple[str, ...]
 
     @property
@@ -144,6 +146,7 @@ class Verifier:
             errors={},
             divergence=0.0,
             fallen={},
+            product_error=0.0,
             problems=(),
         )
         facts = (selection.name, self._verdict.runtime, self._verdict.driver, model, *formats, kv_type, activations)
@@ -188,15 +191,22 @@ class Verifier:
             attention=self._selection.attention != "cpu",
             progress=lambda fraction: report(stage, fraction),
         )
-        return self._judged(found, _fallen(device.settings))
+        return self._judged(found, _fallen(device.settings), max(map(_product_error, device.settings)))
 
-    def _judged(self, found: Findings, fallen: dict[str, int]) -> Verdict:
+    def _judged(self, found: Findings, fallen: dict[str, int], product_error: float) -> Verdict:
         problems = found.problems(self._activations)
+        if not product_error <= _FLOAT32:
+            problems.append(f"products of float32 are off by {product_error:.1g}: it computes in fewer bits than asked")
         if fallen:
             counted = ", ".join(f"{count} of {name}" for name, count in fallen.items())
             problems.append(f"it leaves nodes to another provider: {counted}")
         return replace(
-            self._verdict, errors=found.errors, divergence=found.divergence, fallen=fallen, problems=tuple(problems)
+            self._verdict,
+            errors=found.errors,
+            divergence=found.divergence,
+            fallen=fallen,
+            product_error=product_error,
+            problems=tuple(problems),
         )
 
     def _keep(self, verdict: Verdict) -> None:
@@ -225,6 +235,12 @@ def _noted(engine: Engine, device: SplitDevice, session: Session, parts: list[Fl
         engine.embed, device.witness = embed, None
         session.tokens.clear()
     return steps
+
+
+def _product_error(settings: Settings) -> float:
+    from edgert.devices.onnx_placement import product_error
+
+    return product_error(settings)
 
 
 def _fallen(settings: Sequence[Settings]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_moe
 
@@ -16,12 +17,13 @@ pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 import edgert
 from edgert import device_speed, doctor, verifying
 from edgert.device_speed import record_speed, speeds_of
-from edgert.devices import onnx_attention, onnx_experts, onnx_forms, onnx_runtime
+from edgert.devices import onnx_attention, onnx_experts, onnx_forms, onnx_placement, onnx_runtime
 from edgert.devices.onnx_placement import fallen
 from edgert.devices.verification import Findings
 from edgert.errors import DeviceError
 
 PROVIDERS = [provider.name for provider in onnx_runtime.available()]
+PROVEN = [provider.name for provider in onnx_runtime.available() if provider.proven]
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +44,16 @@ def load(model: Path, device: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("activations", ["int8", "f32"])
-@pytest.mark.parametrize("device", ["onnx:cpu", "attention=onnx:cpu,experts=cpu", "attention=cpu,experts=onnx:cpu"])
+@pytest.mark.parametrize(
+    "device", ["attention=onnx:cpu,experts=cpu", "attention=cpu,experts=onnx:cpu", *(f"onnx:{name}" for name in PROVEN)]
+)
 def test_a_sound_device_is_trusted_and_not_asked_again(
     model: Path, device: str, activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(model, device, activations=activations)
     (verdict,) = verifying.verdicts()
     assert verdict.device == device and not verdict.problems and not verdict.fallen
+    assert 0 < verdict.product_error < 1e-6
     assert verdict.errors["experts"] < 1e-2 and verdict.divergence < 1e-3
     assert ("head" in verdict.errors) == (not device.startswith("attention=cpu"))
     monkeypatch.setattr(verifying, "compare", None)
@@ -114,14 +119,39 @@ def test_a_provider_that_cannot_start_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def _one_graph() -> set[bytes]:
-    import numpy as np
-
     from edgert.devices.onnx_builder import Graph
 
     g = Graph(exact=True)
     x = g.input("x", np.float32, "n", 4)
     g.output(g.op("Add", x, x, name="y"), np.float32, "n", 4)
     return {g.model().graph}
+
+
+def test_a_provider_that_rounds_floats_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Coarse:
+        """A session whose outputs have the 8 bits of bf16."""
+
+        def __init__(self, made: Any) -> None:
+            self._made = made
+
+        def run(self, names: Any, inputs: Any) -> list[Any]:
+            found = self._made.run(names, inputs)
+            return [(rows.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32) for rows in found]
+
+    monkeypatch.setattr(verifying, "_fallen", lambda settings: {})
+    monkeypatch.setattr(onnx_placement, "session", lambda *options: Coarse(onnx_runtime.session(*options)))
+    with pytest.raises(DeviceError, match=r"products of float32 are off by 0\.00\d: it computes in fewer bits"):
+        load(model, "onnx:cpu")
+
+
+@pytest.mark.skipif("openvino" not in PROVIDERS, reason="onnxruntime-openvino is not installed")
+def test_openvino_heeds_the_precision_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = onnx_runtime.settings_for("openvino", 2, "int8")
+    assert onnx_placement.product_error(settings) < 1e-6
+    told = {"device_type": "CPU", "load_config": json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}})}
+    monkeypatch.setattr(onnx_runtime.Settings, "provider_options", lambda self: told)
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text() or "amx_bf16" in Path("/proc/cpuinfo").read_text():
+        assert onnx_placement.product_error(settings) > 1e-4
 
 
 def test_what_runs_where_is_read_back() -> None:
