@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, cast
 
 from edgert.stop_cutter import overlap
 
@@ -130,7 +130,7 @@ _State = Literal["before", "reasoning", "between", "answer"]
 
 
 class _Enclosed:
-    """Reasoning between two marks, at the beginning of the answer or nowhere: further on a mark is text.
+    """Reasoning between two marks, before the answer or nowhere: once it has begun, a mark is text.
 
     An answer without reasoning is left as it is, white space and all.
     """
@@ -144,6 +144,7 @@ class _Enclosed:
         self._state: _State = state
         self._wrapped = False
         self._started = False  # this part has text
+        self._thought = False  # a part of reasoning had text
         self._held = ""
         self._n_read = 0
 
@@ -156,9 +157,9 @@ class _Enclosed:
         return parts
 
     def takes(self, mark: str) -> bool:
-        if self._state == "before":
-            return not self._held.strip()
-        return self._state == "reasoning" and (mark == self._how.closes or not self._started)
+        if self._state == "reasoning":
+            return mark == self._how.closes or not self._started
+        return self._state != "answer" and not self._held.strip()
 
     def mark(self, mark: str) -> list[Part]:
         parts = self.flush() if self._state == "reasoning" else []
@@ -166,19 +167,22 @@ class _Enclosed:
         return parts
 
     def flush(self) -> list[Part]:
-        text, trims = self._held, self._state == "reasoning" or self._wrapped
+        text, trims = self._held, self._state in ("reasoning", "between") or self._wrapped
         self._held = ""
-        if self._state == "between":
-            return []
         return self._given(self._state == "reasoning", text.rstrip() if trims else text, trims)
 
     def _step(self, parts: list[Part]) -> bool:
         """Settle some of what is held; whether the rest is to be looked at anew."""
-        if self._state == "before":
-            return self._before()
-        if self._state == "between":
-            return self._between()
+        if self._state in ("before", "between"):
+            return self._begin()
         reasons = self._state == "reasoning"
+        if reasons and not self._started and self._opens:  # as the prompt did, the model may begin once more
+            text = self._held.lstrip()
+            if text.startswith(self._opens):
+                self._enter("reasoning", text.removeprefix(self._opens))
+                return True
+            if self._opens.startswith(text):
+                return False
         mark = self._closes if reasons else self._wrap_closes if self._wrapped else ""
         place = self._held.find(mark) if mark else -1
         n_free = len(self._held) - overlap(self._held, mark) if place < 0 else place
@@ -190,24 +194,20 @@ class _Enclosed:
             self._enter("between", self._held.lstrip().removeprefix(mark))
         return place >= 0
 
-    def _before(self) -> bool:
+    def _begin(self) -> bool:
+        """Look for a mark, or a tag, before the answer."""
         text = self._held.lstrip()
-        if self._opens and text.startswith(self._opens):
-            self._enter("reasoning", text.removeprefix(self._opens))
-        elif self._closes and text.startswith(self._closes):
-            self._enter("between", text.removeprefix(self._closes))
-        elif self._opens.startswith(text) or self._closes.startswith(text):
+        after = self._state == "between"  # the white space is no part of the answer
+        marks = [(self._opens, "reasoning"), (self._closes, "between"), (self._wrap_opens if after else "", "answer")]
+        for mark, state in marks:
+            if mark and text.startswith(mark):
+                self._wrapped = state == "answer"
+                self._enter(cast("_State", state), text.removeprefix(mark))
+                return True
+        if not text or any(mark.startswith(text) for mark, _ in marks):
             return False
-        else:
-            self._enter("answer", self._held)
-        return True
-
-    def _between(self) -> bool:
-        text = self._held = self._held.lstrip()
-        self._wrapped = bool(self._wrap_opens) and text.startswith(self._wrap_opens)
-        if not text or (not self._wrapped and self._wrap_opens.startswith(text)):
-            return False
-        self._enter("answer", text.removeprefix(self._wrap_opens))
+        self._wrapped = False
+        self._enter("answer", text if after else self._held)
         return True
 
     def _enter(self, state: _State, rest: str) -> None:
@@ -216,7 +216,10 @@ class _Enclosed:
     def _given(self, reasons: bool, text: str, trims: bool) -> list[Part]:
         if trims and not self._started:
             text = text.lstrip()
+            if reasons and text and self._thought:
+                text = f"\n\n{text}"
         self._started = self._started or bool(text)
+        self._thought = self._thought or (reasons and self._started)
         return [Part("reasoning" if reasons else "answer", text, self._n_read - len(self._held))] if text else []
 
 
@@ -300,6 +303,7 @@ class _Channels:
         """Text of a message, without the white space around it."""
         if self._bare and text:
             self._said.add("answer")
+            self._started = True
             return [Part("answer", text, self._n_read - len(self._held))]
         text = self._blank + text
         kept = text.rstrip()

@@ -65,7 +65,11 @@ ENCLOSED = [
     ("<think>\n\n</think>\n\nyes", "", [(A, "yes")]),
     ("</think>yes", "", [(A, "yes")]),  # it did not begin to think
     ("hm\n</think>\n\nyes", "<|im_start|>assistant\n<think>\n", [(R, "hm"), (A, "yes")]),
+    ("<think>\nhm</think>yes", "<think>\n", [(R, "hm"), (A, "yes")]),  # begun by the prompt, and once more
     ("\n\nyes ", "<think>\n\n</think>\n\n", [(A, "yes ")]),
+    ("</think>\n\nyes", "<think>\n\n</think>\n\n", [(A, "yes")]),  # closed by the prompt, and once more
+    ("<think>all the same</think>yes", "<think></think>", [(R, "all the same"), (A, "yes")]),
+    ("<think>a</think>\n<think>b</think>c", "", [(R, "a\n\nb"), (A, "c")]),
     ("  yes <think>no</think> ", "", [(A, "  yes <think>no</think> ")]),  # further on it is text
     ("<think>a</think>b<think>c</think>", "", [(R, "a"), (A, "b<think>c</think>")]),
     ("<think>cut off </th", "", [(R, "cut off </th")]),
@@ -124,7 +128,8 @@ def test_channels(text: str, expected: list[tuple[str, str]]) -> None:
     ("text", "expected"),
     [
         ("<think>a</think>\n<answer>\n b\nc \n</answer>", [(R, "a"), (A, "b\nc")]),
-        ("<think>a</think> <ans", [(R, "a")]),
+        ("<think>a</think> <ans", [(R, "a"), (A, "<ans")]),
+        ("<think>a</think> \n", [(R, "a")]),
         ("<think>a</think> b <answer>", [(R, "a"), (A, "b <answer>")]),
         ("<answer>b</answer>", [(A, "<answer>b</answer>")]),  # without reasoning it is left as it is
     ],
@@ -160,9 +165,10 @@ def test_any_cut_gives_the_same_parts(how: Marks, words: list[str], prompt: str,
     text = "".join(words)
     whole = split(how, text, prompt)
     assert split(how, text, prompt, cuts) == whole
-    assert split(how, text, prompt, range(len(text))) == whole
+    assert split(how, text, prompt, range(len(text))) == by_tokens(how, text, prompt) == whole
     left = "".join(part for _, part in whole)
-    assert len(left) <= len(text) + 2 * text.count("<|message|>"), "nothing is added but empty lines between messages"
+    n_messages = text.count("<|message|>") + text.count("<think>")
+    assert len(left) <= len(text) + 2 * n_messages, "nothing is added but empty lines between messages"
     for kind, part in whole:
         assert kind == A or part == part.strip()
 
