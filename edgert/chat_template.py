@@ -107,8 +107,8 @@ class ChatTemplate:
         return _SWITCHES & free
 
     @property
-    def reasons(self) -> bool:
-        """Whether the template marks reasoning."""
+    def marks_reasoning(self) -> bool:
+        """Whether the template knows marks around a model's reasoning."""
         return self._marks is not None
 
     @cached_property

@@ -68,6 +68,7 @@ def describe(
                 "source": "ChatML default" if template.is_default else "model",
                 "supports_system": template.supports_system,
                 "supports_tools": template.supports_tools,
+                "marks_reasoning": template.marks_reasoning,
             },
             "memory": _ledger(needed, memory),
             **(_measured(file) if isinstance(file, Bundle) and config.router else {}),

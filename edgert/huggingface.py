@@ -54,6 +54,7 @@ class HuggingFaceFolder:
             raise ModelFileError(f"{self.path}: no such folder; check the path")
         config_file = read_json(config_path)
         config = read_folder_config(config_file)
+        self._last: tuple[Stored, int, int, npt.NDArray[np.uint8]] | None = None  # see _read_for_form
         with ExitStack() as stack:
             self._files: list[SafetensorsFile] = []
             stored, index = self._open_shards(stack)
@@ -82,6 +83,7 @@ class HuggingFaceFolder:
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
+        self._last = None
         self._stack.close()
 
     def __enter__(self) -> HuggingFaceFolder:
@@ -115,7 +117,7 @@ class HuggingFaceFolder:
         if first_row < 0 or n_rows < 0 or first_row + n_rows > info.n_rows:
             raise IndexError(f"rows {first_row} to {first_row + n_rows} of '{name}', which has {info.n_rows}")
         if info.form is not None:
-            return info.form.rows(self._stored, first_row, n_rows)
+            return info.form.rows(self._read_for_form, first_row, n_rows)
         if not info.half_head:
             return self._rows(info, first_row, n_rows)
         if len(info.shape) == 1:  # a bias: its elements are what rows are elsewhere
@@ -133,6 +135,14 @@ class HuggingFaceFolder:
             first, last = first_row * info.row_bytes, (first_row + n_rows) * info.row_bytes
             return info.values[first:last].reshape(n_rows, info.row_bytes).copy()
         return self._stored(Stored(info.name, info.runs, info.n_bytes, info.row_bytes), first_row, n_rows)
+
+    def _read_for_form(self, stored: Stored, first_row: int, n_rows: int) -> npt.NDArray[np.uint8]:
+        """Rows that a form makes others of. The last ones are kept: they are asked for again, where gate and up are
+        dealt out of the same, or some of a matrix need all of it."""
+        last = self._last
+        if last is None or last[0] is not stored or last[1:3] != (first_row, n_rows):
+            self._last = last = (stored, first_row, n_rows, self._stored(stored, first_row, n_rows))
+        return last[3]
 
     def _stored(self, stored: Stored, first_row: int, n_rows: int) -> npt.NDArray[np.uint8]:
         first, n_bytes = first_row * stored.row_bytes, n_rows * stored.row_bytes

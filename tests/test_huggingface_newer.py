@@ -24,7 +24,9 @@ from test_huggingface import logits_of
 from edgert.architectures import read_config
 from edgert.errors import EdgertError, ModelFileError, UnsupportedError
 from edgert.huggingface import HuggingFaceFolder
+from edgert.pack import pack
 from edgert.quant import ggml
+from edgert.storage.bundle import Bundle
 from edgert.storage.gguf_file import GgufFile
 
 OSS = ("gpt-oss-f32", "gpt-oss-mxfp4")
@@ -83,17 +85,33 @@ def test_metadata_are_those_of_the_gguf(name: str, tmp_path: Path) -> None:
     assert found.keys() == {"general.name", "tokenizer.ggml.add_eos_token"}
 
 
-@pytest.mark.parametrize("name", OSS + DEEPSEEK)
-def test_logits_equal_the_gguf(name: str, tmp_path: Path) -> None:
+def runnable(name: str) -> Path:
+    """The golden GGUF, if edgert runs its architecture yet."""
     path = golden_path(name)
     with GgufFile.open(path) as file:
         try:
             read_config(file.metadata, "")
         except UnsupportedError as problem:
             pytest.skip(str(problem))
-    folder, tokens = make(tmp_path, name), [5, 70, 260, 31, 7, 81, 2, 19, 4, 250, 33, 9, 12, 18, 44, 3]
-    logits = logits_of(HuggingFaceFolder.open(folder), tokens)
-    assert (logits == logits_of(GgufFile.open(path), tokens)).all()
+    return path
+
+
+TOKENS = [5, 70, 260, 31, 7, 81, 2, 19, 4, 250, 33, 9, 12, 18, 44, 3]
+
+
+@pytest.mark.parametrize("name", OSS + DEEPSEEK)
+def test_logits_equal_the_gguf(name: str, tmp_path: Path) -> None:
+    path, folder = runnable(name), make(tmp_path, name)
+    logits = logits_of(HuggingFaceFolder.open(folder), TOKENS)
+    assert (logits == logits_of(GgufFile.open(path), TOKENS)).all()
+
+
+@pytest.mark.parametrize("name", [OSS[1], DEEPSEEK[2]])
+def test_a_bundle_packed_from_a_folder(name: str, tmp_path: Path) -> None:
+    path, folder = runnable(name), make(tmp_path, name)
+    bundle = pack(folder, tmp_path / "packed.edge", progress=lambda *_: None)
+    logits = logits_of(Bundle.open(bundle), TOKENS, "int8")
+    assert (logits == logits_of(GgufFile.open(path), TOKENS, "int8")).all()
 
 
 @pytest.mark.parametrize("name", OSS)

@@ -337,6 +337,14 @@ def test_reasoning_of_earlier_turns(name: str) -> None:
 
 
 @needs_templates
+def test_calls_of_a_template_that_shows_no_tools() -> None:
+    """DeepSeek V3.1 leaves the description of tools to the system message, but shows calls and what came of them."""
+    text = template("DeepSeek-V3.1").render([*CALLED, *HELLO], thinking=True)
+    assert '<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>' in text
+    assert "<｜tool▁output▁begin｜>sunny<｜tool▁output▁end｜>" in text and text.endswith("<think>")
+
+
+@needs_templates
 def test_gpt_oss_takes_a_content_beside_a_call_for_reasoning() -> None:
     called = [CALLED[0], {**CALLED[1], "content": "Wait."}, CALLED[2]]
     assert "I should look." in (text := template("gpt-oss").render(called)) and "Wait." not in text
@@ -350,4 +358,5 @@ def test_marks_by_the_text_of_a_template() -> None:
     assert find_marks("between <think></think> and <response></response>") == Marks("<think>", "</think>", "response")
     assert find_marks("<|start|>a<|channel|>final<|message|></think>") == CHANNELS
     assert not ChatTemplate("{{ broken", TOKENIZER).thinking_switches
+    assert ChatTemplate("</think>", TOKENIZER).marks_reasoning and not ChatTemplate("x", TOKENIZER).marks_reasoning
     assert isinstance(ChatTemplate("x", TOKENIZER).splitter([1, 2]), PlainText)
