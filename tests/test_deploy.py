@@ -1,0 +1,412 @@
+"""Deploying, without a board: what a board's answers mean, what is in the way, what is to be done, which wheels fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("fabric", reason="fabric is not installed: pip install edgert[deploy]")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import deploy_report  # found through the line above
+import deploy_service
+from board_server import write_wheel
+from deploy_board import (
+    GIB,
+    MIB,
+    DeployError,
+    Facts,
+    Python,
+    judge,
+    judge_memory,
+    judge_room,
+    probe_command,
+    read_facts,
+    read_power,
+    usual_budget,
+)
+from deploy_forecast import Forecast, compared, forecast
+from deploy_steps import Action, State, Wanted, actions, room_needed, superfluous
+from deploy_wheels import Target, check_wheel, lacking, python_of, read_wheel
+
+# As an Orin Nano answers with JetPack 6.2, shortened.
+ORIN = """
+@@ system
+Linux
+
+@@ machine
+aarch64
+
+@@ bits
+64
+
+@@ release
+# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025
+# KERNEL_VARIANT: oot
+
+@@ model
+NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0
+@@ os
+Ubuntu 22.04.5 LTS
+
+@@ glibc
+glibc 2.35
+
+@@ pythons
+3.10 /usr/bin/python3
+3.10 /usr/bin/python3.10
+3.12 /usr/local/bin/python3.12
+
+@@ memory
+MemTotal:        7802880 kB
+MemFree:         4188620 kB
+MemAvailable:    6229000 kB
+
+@@ cores
+6
+
+@@ home
+/home/jetson
+
+@@ user
+jetson
+
+@@ uid
+1000
+
+@@ flash
+Filesystem     1024-blocks     Used Available Capacity Mounted on
+/dev/nvme0n1p1   238737052 61000000 165000000      27% /
+
+@@ power
+NV Power Mode: 15W
+0
+
+@@ modes
+< POWER_MODEL ID=0 NAME=15W >
+< POWER_MODEL ID=1 NAME=25W >
+< POWER_MODEL ID=2 NAME=MAXN_SUPER >
+
+@@ sudo
+
+@@ systemd
+/usr/bin/systemctl
+running
+
+@@ session
+yes
+
+@@ end
+"""
+BOARD = read_facts(ORIN)
+
+
+def problems(facts: Facts, **options: bool) -> dict[str, str]:
+    return {one.name: one.line for one in judge(facts, **options) if one.refused}
+
+
+# ---- the board -------------------------------------------------------------------------------------------------------
+def test_an_orin_nano_is_read() -> None:
+    assert (BOARD.l4t, BOARD.jetpack, BOARD.planned_as) == ("36.4.3", "6.2", "jetson-orin-nano")
+    assert BOARD.model == "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
+    assert BOARD.pythons == (Python((3, 10), "/usr/bin/python3"), Python((3, 12), "/usr/local/bin/python3.12"))
+    assert BOARD.ram == 7802880 << 10 and BOARD.ram_free == 6229000 << 10
+    assert BOARD.flash_free == 165000000 << 10 and BOARD.flash_device == "/dev/nvme0n1p1"
+    assert (BOARD.glibc, BOARD.cores, BOARD.power, BOARD.uid) == ((2, 35), 6, "15W", 1000)
+    assert BOARD.power_modes == ("15W", "25W", "MAXN_SUPER")
+    assert BOARD.systemctl and BOARD.systemd and BOARD.session and not BOARD.sudo
+    assert not problems(BOARD)
+
+
+def test_this_machine_answers_the_same_questions() -> None:
+    said = subprocess.run(probe_command("~/no/such folder"), capture_output=True, text=True)
+    facts = read_facts(said.stdout)
+    assert facts.system == "Linux" and facts.bits == 64 and facts.ram > facts.ram_free > 0
+    assert facts.flash_free > 0 and facts.home and facts.user and said.stderr == ""
+
+
+def test_silence_is_no_board() -> None:
+    with pytest.raises(DeployError, match="did not answer as a Unix shell"):
+        read_facts("This service allows sftp connections only.\n")
+
+
+@given(st.text(max_size=60), st.sampled_from(sorted(ORIN.split("\n@@ ")[1:])))
+def test_any_answer_is_read(answer: str, part: str) -> None:
+    name = part.partition("\n")[0]
+    said = ORIN.replace(f"@@ {part}", f"@@ {name}\n{answer.replace('@@', '')}\n")
+    judge(read_facts(said))
+
+
+@pytest.mark.parametrize(
+    ("l4t", "jetpack"),
+    [
+        ("36.4.4", "6.2.1"),
+        ("36.4.0", "6.1"),
+        ("36.2", "6"),
+        ("35.6.0", "5"),
+        ("38.2.1", "7.0"),
+        ("32.7.1", "4"),
+        ("", ""),
+    ],
+)
+def test_releases_have_nvidias_names(l4t: str, jetpack: str) -> None:
+    assert replace(BOARD, l4t=l4t).jetpack == jetpack
+
+
+def test_power_modes_are_read_wherever_they_stand() -> None:
+    modes = {"0": "15W", "2": "MAXN_SUPER"}
+    assert read_power("NV Power Mode: MODE_30W\n3", {}) == "30W"
+    assert read_power("pmode:0002", modes) == "MAXN_SUPER" and read_power("pmode:0001", modes) == "mode 1"
+    assert read_power("", modes) == ""
+    (slow,) = (one for one in judge(BOARD) if one.name == "power mode")
+    assert "15W holds the clocks down" in slow.line and not slow.refused
+    (fast,) = (one for one in judge(replace(BOARD, power="MAXN_SUPER")) if one.name == "power mode")
+    assert not fast.problem
+
+
+def test_what_is_in_the_way_is_said_with_its_remedy() -> None:
+    old = replace(BOARD, l4t="35.5.0", pythons=(Python((3, 8), "/usr/bin/python3"),), glibc=(2, 27))
+    found = problems(old)
+    assert found["Python"] == (
+        "Python 3.8, but edgert needs 3.10 or newer; JetPack 5 is too old: flash JetPack 6, or install python3.10 "
+        "beside its own"
+    )
+    assert "glibc 2.27, but the wheels need 2.28" in found["glibc"]
+    assert "--any-board" in problems(replace(BOARD, l4t=""))["system"]
+    assert not problems(replace(BOARD, l4t=""), any_board=True)
+    assert "no wheels for armv7l with 32 bits" in problems(replace(BOARD, machine="armv7l", bits=32))["processor"]
+    assert "32 bits" in problems(replace(BOARD, bits=32))["processor"]  # a 64-bit kernel below
+    assert {one.name for one in judge(BOARD, wanted=(3, 11)) if one.refused} == {"Python"}
+
+
+def test_memory_that_a_board_lacks_is_refused_with_the_numbers() -> None:
+    small = replace(BOARD, ram=4 * GIB, ram_free=3 * GIB)
+    lacks = judge_memory(small, 4 * GIB, 5 * GIB, stated=False)
+    assert lacks.refused and "4.0 GiB of memory" in lacks.line and "at least 5.0 GiB" in lacks.line
+    assert "--memory is 6.0 GiB; use less" in judge_memory(small, 6 * GIB, GIB, stated=True).line
+    assert "use --memory 1024MiB or more" in judge_memory(small, 900 * MIB, GIB, stated=True).line
+    taken = judge_memory(replace(small, ram_free=GIB // 2), 2 * GIB, GIB, stated=False)
+    assert taken.refused and "stop other programs" in taken.line
+    less = judge_memory(replace(small, ram_free=GIB), 2 * GIB, GIB, stated=False)
+    assert less.problem and not less.refused
+    assert not judge_memory(small, 2 * GIB, GIB, stated=True).problem
+
+
+def test_the_usual_budget_does_not_move_with_what_is_free() -> None:
+    assert usual_budget(BOARD, 100 * GIB) == usual_budget(replace(BOARD, ram_free=1), 100 * GIB)
+    assert usual_budget(BOARD, GIB) == GIB and usual_budget(BOARD, 100 * GIB) < 0.71 * BOARD.ram
+
+
+def test_a_drive_without_room_is_refused() -> None:
+    assert not judge_room(GIB, GIB, "bundle 1.0 GiB").problem
+    full = judge_room(GIB, 3 * GIB, "bundle 3.0 GiB")
+    assert full.refused and "1.0 GiB free, but 3.0 GiB are needed (bundle 3.0 GiB); free 2.0 GiB" in full.line
+
+
+# ---- what is to be done ----------------------------------------------------------------------------------------------
+WANTED = Wanted("e1", "m-1.edge", "[Unit]\n", "system", 100 * MIB, 300 * MIB, 2 * GIB)
+
+
+def done(wanted: Wanted, **more: object) -> State:
+    releases = {wanted.release: {"env": wanted.env, "model": wanted.model, "scope": wanted.scope}}
+    return State([wanted.env], [wanted.model], releases, {}, wanted.release, **more)  # type: ignore[arg-type]
+
+
+def names(todo: list[Action]) -> list[str]:
+    return [action.name for action in todo]
+
+
+def test_an_empty_board_gets_all_and_a_finished_one_nothing() -> None:
+    assert names(actions(State(service="not there"), WANTED)) == ["env", "bundle", "release", "switch", "service"]
+    assert actions(done(WANTED), WANTED) == []
+    needed, what = room_needed(actions(State(), WANTED))
+    assert needed > 100 * MIB + 300 * MIB + 2 * GIB and "bundle 2.0 GiB" in what
+
+
+def test_what_was_copied_counts() -> None:
+    state = State(incoming={"m-1.edge/experts.bin.part": GIB})
+    bundle = actions(state, WANTED)[1]
+    assert bundle.n_bytes == GIB and "1.0 GiB (the rest of 2.0 GiB)" in bundle.text
+
+
+def test_a_changed_setting_is_a_release_of_the_same_parts() -> None:
+    other = replace(WANTED, unit="[Unit]\nother")
+    assert names(actions(done(WANTED), other)) == ["release", "switch", "service"]
+    assert names(actions(done(WANTED, service="it is not enabled"), WANTED)) == ["service"]
+    assert names(actions(done(WANTED), replace(WANTED, scope="none"))) == ["release", "switch", "service"]
+
+
+def test_two_releases_are_kept_and_what_only_others_need_is_removed() -> None:
+    releases = {name: {"env": f"e{name}", "model": f"m{name}", "scope": "none"} for name in "123"}
+    state = State(["e1", "e2", "e3"], ["m1", "m2", "m3"], releases, {"m9/x.part": 5}, "2", "1")
+    assert superfluous(state, "3") == ["releases/1", "envs/e1", "models/m1", "incoming/m9"]
+    assert superfluous(State(["e1"], ["m1"], {"1": releases["1"]}, {}, "1"), "1") == []
+    again = State(["e2", "e3"], ["m2", "m3"], {n: releases[n] for n in "23"}, {}, "3", "2")
+    assert superfluous(again, "3") == []
+
+
+# ---- the service -----------------------------------------------------------------------------------------------------
+UNIT = deploy_service.Unit("/home/j/b/current", "A model 100%", "jetson", 3 * GIB, 4096, 4, True)
+
+
+def test_the_unit_has_its_limits() -> None:
+    lines = UNIT.text("system").splitlines()
+    command = "/home/j/b/current/env/bin/edgert serve /home/j/b/current/model.edge --memory 3072MiB --context 4096"
+    for line in (f"ExecStart={command}", "User=jetson", "MemoryMax=3072M", "CPUQuota=400%", "Restart=on-failure"):
+        assert line in lines
+    assert "WantedBy=multi-user.target" in lines and "Description=edgert: serve A model 100%%" in lines
+    user = replace(UNIT, cpus=None, serves=False, release="/home/a b/current").text("user")
+    assert "User=" not in user and "CPUQuota" not in user and "WantedBy=default.target" in user
+    assert 'ExecStart="/home/a b/current/env/bin/edgert" warmup' in user and "Type=oneshot" in user
+
+
+def test_systemd_itself_finds_no_fault_with_the_unit(tmp_path: Path) -> None:
+    import shutil
+
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze")
+    program = tmp_path / "current/env/bin/edgert"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for serves in (True, False):
+        unit = replace(UNIT, release=str(tmp_path / "current"), user="root", serves=serves)
+        path = tmp_path / deploy_service.NAME
+        path.write_text(unit.text("system"))
+        said = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
+        assert "edgert.service" not in said.stderr, said.stderr
+
+
+def test_whose_service_it_is() -> None:
+    assert deploy_service.choose_scope("auto", BOARD) == "user"
+    assert deploy_service.choose_scope("auto", replace(BOARD, sudo=True)) == "system"
+    assert deploy_service.choose_scope("auto", replace(BOARD, systemctl=False)) == "none"
+    with pytest.raises(DeployError, match="needs sudo without a password"):
+        deploy_service.choose_scope("system", BOARD)
+    with pytest.raises(DeployError, match="no systemd"):
+        deploy_service.choose_scope("user", replace(BOARD, systemctl=False))
+
+
+def test_commands_are_root_s_only_where_they_must() -> None:
+    system = deploy_service.install_commands("system", replace(BOARD, sudo=True), "/b/edgert.service")
+    assert all(command[:2] == ["sudo", "-n"] for command in system)
+    assert system[0][2:] == ["install", "-D", "-m", "644", "/b/edgert.service", "/etc/systemd/system/edgert.service"]
+    assert [command[-2] for command in system[2:]] == ["enable", "reset-failed", "restart"]
+    chroot = deploy_service.install_commands("system", replace(BOARD, uid=0, sudo=True, systemd=False), "/u")
+    assert chroot[1:] == [["env", "SYSTEMD_OFFLINE=1", "systemctl", "enable", "edgert.service"]]
+    user = deploy_service.install_commands("user", BOARD, "/u")
+    assert user[0][-1] == "/home/jetson/.config/systemd/user/edgert.service"
+    assert ["env", "XDG_RUNTIME_DIR=/run/user/1000", "systemctl", "--user", "daemon-reload"] in user
+
+
+# ---- wheels ----------------------------------------------------------------------------------------------------------
+TARGET = Target((3, 10), "aarch64", (2, 35))
+ARM_LIBRARY = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\xb7\x00"
+X86_LIBRARY = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\x3e\x00"
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "py3-none-any",
+        "cp310-cp310-manylinux_2_28_aarch64",
+        "cp39-abi3-manylinux_2_17_aarch64.manylinux2014_aarch64",
+        "cp310-cp310-linux_aarch64",
+    ],
+)
+def test_wheels_for_the_board_pass(tag: str, tmp_path: Path) -> None:
+    path = write_wheel(tmp_path, "onnxruntime_gpu", tag, {"a/b.so": ARM_LIBRARY, "a/c.so.1": ARM_LIBRARY})
+    check_wheel(path, TARGET)
+    assert python_of(path) == ((3, 10) if "cp310-cp310" in tag else None)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "cp310-cp310-linux_x86_64",
+        "cp312-cp312-linux_aarch64",
+        "cp310-cp310-manylinux_2_38_aarch64",
+        "cp310-cp310-win_arm64",
+    ],
+)
+def test_wheels_for_something_else_are_refused_by_name(tag: str, tmp_path: Path) -> None:
+    path = write_wheel(tmp_path, "onnxruntime_gpu", tag, {})
+    with pytest.raises(DeployError, match=rf"is for {tag}; the board is Python 3.10 on aarch64 with glibc 2.35"):
+        check_wheel(path, TARGET)
+
+
+def test_a_wheel_that_lies_is_refused_by_its_libraries(tmp_path: Path) -> None:
+    path = write_wheel(tmp_path, "onnxruntime_gpu", "cp310-cp310-linux_aarch64", {"a/b.so": X86_LIBRARY})
+    with pytest.raises(DeployError, match=r"a/b\.so in it is compiled for x86_64, whatever the wheel is called"):
+        check_wheel(path, TARGET)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_wheel_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "thing-1.0-py3-none-any.whl"
+    path.write_bytes(content)
+    with pytest.raises(DeployError, match="is no wheel"):
+        check_wheel(path, TARGET)
+        read_wheel(path)
+    with pytest.raises(DeployError, match="is no wheel"):
+        read_wheel(path.rename(tmp_path / "thing.whl"))
+
+
+def test_dependencies_are_those_of_the_board_not_of_this_machine(tmp_path: Path) -> None:
+    requires = (
+        'Requires-Dist: tomli>=2; python_version < "3.11"\n'
+        'Requires-Dist: winloop; sys_platform == "win32"\n'
+        'Requires-Dist: arms; platform_machine == "aarch64"\n'
+        'Requires-Dist: starlette>=0.40; extra == "server"\n'
+        "Requires-Dist: numpy>=1.26\n"
+    )
+    wheel = read_wheel(write_wheel(tmp_path, "edgert", "py3-none-any", {}, requires))
+    assert lacking([wheel], ["edgert"], TARGET) == ["arms", "numpy>=1.26", "tomli>=2"]
+    newer = Target((3, 12), "x86_64", (2, 39))
+    assert lacking([wheel], ["edgert[server]"], newer) == ["numpy>=1.26", "starlette>=0.40"]
+    old = read_wheel(write_wheel(tmp_path, "numpy", "py3-none-any", {}))
+    assert lacking([wheel, old], ["edgert"], newer) == ["numpy>=1.26"]
+
+
+def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    one = write_wheel(tmp_path, "edgert", "py3-none-any", {"x.py": b"1"})
+    two = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"x.py": b"1"})
+    assert read_wheel(one).digest == read_wheel(two).digest
+    assert not read_wheel(one).serves
+    serving = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"edgert/cli/serve.py": b""})
+    assert read_wheel(serving).serves and read_wheel(serving).digest != read_wheel(one).digest
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+BENCH = {
+    "tests": [
+        {"kind": "prompt", "n_tokens": 128, "ttft_s": 2.0, "tokens_per_s": 64.0},
+        {"kind": "generate", "n_tokens": 32, "ttft_s": None, "tokens_per_s": 12.5},
+    ]
+}
+
+
+def test_what_was_measured_stands_beside_what_was_planned() -> None:
+    expected = Forecast("Orin", (8.0, 10.0, 12.0), (3.0, 2.0, 1.5), "memory").as_dict()
+    first, rate = compared(expected, BENCH)
+    assert first == "first token after 128: 2 s (as planned: 1.5 to 3, usually 2)"
+    assert rate == "tokens a second: 12.5 (above the plan: 8 to 12, usually 10)"
+    *lines, reason = compared(Forecast(reason="no board").as_dict(), BENCH)
+    assert len(lines) == 2 and reason == "not compared: no board"
+
+
+def test_a_board_that_no_plan_knows_is_not_compared() -> None:
+    assert "knows no board" in forecast(Path("m.edge"), replace(BOARD, model="Banana"), GIB, None).reason
+
+
+def test_a_board_cannot_write_to_the_terminal() -> None:
+    evil = read_facts(ORIN.replace("NVIDIA Jetson", "\x1b[2J\x1b]0;x\x07 Jetson"))
+    text = "\n".join(deploy_report.findings(judge(evil)))
+    assert "\x1b" not in text and "\x07" not in text and "Jetson" in text

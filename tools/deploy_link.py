@@ -1,0 +1,211 @@
+"""The connection to a board: commands, questions, files over SSH, and each failure as one line that says what to do.
+
+Host keys are checked against ~/.ssh/known_hosts and never learnt here; only keys open the door, no passwords.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import deploy_agent
+from deploy_board import DeployError
+
+try:
+    import fabric
+    import paramiko
+except ImportError as missing:
+    raise SystemExit(f'deploy_jetson.py needs {missing.name}: pip install "edgert[deploy]"') from missing
+
+_CONNECT_S, _SILENCE_S, _QUESTION_S = 10.0, 30, 1800.0
+_SOURCE = Path(deploy_agent.__file__).read_text()
+_MOST_OUTPUT = 4 << 20
+
+
+class LostConnectionError(DeployError):
+    """The board no longer answers."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command that ended."""
+
+    status: int
+    output: str
+    errors: str
+    seconds: float
+
+    @property
+    def last_words(self) -> str:
+        """The last line that says something, for a message."""
+        lines = [line.strip() for line in (self.errors + "\n" + self.output).splitlines() if line.strip()]
+        told = [line for line in lines if "error" in line.lower() or "errno" in line.lower()] or lines
+        return told[-1][:400] if told else f"it ended with {self.status} and said nothing"
+
+
+class Link:
+    """One SSH connection. `python`: the board's interpreter, for questions, once it is known."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.python = "python3"
+        self._connection = fabric.Connection(host, connect_timeout=int(_CONNECT_S))
+        self._sftp: paramiko.SFTPClient | None = None
+        self._held: paramiko.Channel | None = None
+
+    def __enter__(self) -> Link:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(Exception):  # it may be gone already
+            self._connection.close()
+
+    def open(self) -> None:
+        """Connect. DeployError: who refuses what."""
+        connection = self._connection
+        with contextlib.suppress(OSError):
+            connection.client.load_system_host_keys()
+        connection.client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        try:
+            connection.open()
+        except Exception as problem:
+            raise DeployError(self._refusal(problem)) from problem
+        transport = connection.transport
+        transport.set_keepalive(10)
+        with contextlib.suppress(OSError, AttributeError):  # a gateway's channel is no socket
+            transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)
+
+    def _refusal(self, problem: Exception) -> str:
+        """Why there is no connection, and the remedy."""
+        there = f"{self._connection.user or getpass.getuser()}@{self._connection.host}"
+        port = "" if self._connection.port in (None, 22) else f" -p {self._connection.port}"
+        if isinstance(problem, paramiko.PasswordRequiredException):
+            return f"{there}: the key is locked by a passphrase; run ssh-add first"
+        if isinstance(problem, paramiko.AuthenticationException):
+            return f"{there} refuses the key: nothing was sent; run ssh-copy-id{port} {there} and try again"
+        if isinstance(problem, paramiko.BadHostKeyException):
+            return (
+                f"{self.host} shows another host key than ~/.ssh/known_hosts has; if the board was installed anew, "
+                f"run ssh-keygen -R for it and ssh{port} {there} once"
+            )
+        text = str(problem)
+        if "not found in known_hosts" in text:
+            return f"{self.host} has a host key that is not known; compare and accept it with: ssh{port} {there}"
+        if isinstance(problem, socket.gaierror):
+            return f"{self.host}: no such host ({problem.strerror}); check the name, or add it to ~/.ssh/config"
+        if isinstance(problem, (TimeoutError, socket.timeout)):
+            return f"{self.host} does not answer within {_CONNECT_S:.0f} s; is the board on, and on this network?"
+        if isinstance(problem, OSError) and not isinstance(problem, paramiko.SSHException):
+            return f"{there}{port}: no connection ({text}); is sshd running there?"
+        return f"{there}{port}: no connection ({text or type(problem).__name__})"
+
+    # ---- commands ----------------------------------------------------------------------------------------------------
+    def run(self, argv: Sequence[str], *, timeout: float = 60.0) -> Ran:
+        """Run a program and wait for it."""
+        return self._run(shlex.join(argv), timeout)
+
+    def run_watched(self, argv: Sequence[str], *, timeout: float, env: Mapping[str, str] | None = None) -> Ran:
+        """Run a program that ends with the connection, whatever happens to it."""
+        values = {"argv": list(argv), "env": dict(env or {}), "timeout": timeout}
+        return self._run(self._question("watch", values), timeout + 60)
+
+    def ask(self, question: str, **values: Any) -> Any:
+        """What deploy_agent.py answers. DeployError: what the board's system says against it."""
+        ran = self._run(self._question(question, values), _QUESTION_S)
+        try:
+            told = json.loads(ran.output.strip().splitlines()[-1])
+        except (ValueError, IndexError):
+            raise DeployError(f"{self.host}: {self.python} failed at {question}: {ran.last_words}") from None
+        if "problem" in told:
+            raise DeployError(f"{self.host}: {told['path'] or question}: {told['problem']}")
+        return told.get("answer")
+
+    def hold(self, root: str) -> None:
+        """Keep other deployments away while this connection lives. DeployError: one is at work."""
+        with self.mapped():
+            channel = self._connection.transport.open_session(timeout=_CONNECT_S)
+            channel.settimeout(_QUESTION_S)
+            channel.exec_command(self._question("hold", {"root": root}))
+            line = channel.makefile("r").readline()
+        told = json.loads(line) if line else {}
+        if "busy" in told:
+            raise DeployError(f"{self.host}: another deployment is at work ({told['busy']}); wait for it to end")
+        if not told:
+            errors = channel.makefile_stderr("r").read().strip().splitlines()
+            raise DeployError(f"{self.host}: {root} cannot be used: {errors[-1] if errors else 'no answer'}")
+        self._held = channel
+
+    def _question(self, question: str, values: Mapping[str, Any]) -> str:
+        return shlex.join([self.python, "-I", "-c", _SOURCE, question, json.dumps(values)])
+
+    def _run(self, command: str, timeout: float) -> Ran:
+        began = time.monotonic()
+        with self.mapped():
+            channel = self._connection.transport.open_session(timeout=_CONNECT_S)
+            channel.settimeout(timeout)
+            channel.exec_command(command)
+            errors: list[bytes] = []
+            reader = threading.Thread(target=_drain, args=(channel, errors), daemon=True)
+            reader.start()
+            output = channel.makefile("rb").read(_MOST_OUTPUT)
+            reader.join(timeout)
+            status = channel.recv_exit_status()
+        if status == -1:
+            raise self._lost("the connection was lost")
+        text, wrong = (part.decode(errors="replace") for part in (output, b"".join(errors)))
+        return Ran(status, text, wrong, time.monotonic() - began)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+    @property
+    def sftp(self) -> paramiko.SFTPClient:
+        """For copying."""
+        if self._sftp is None:
+            with self.mapped():
+                self._sftp = self._connection.sftp()
+        return self._sftp
+
+    @contextlib.contextmanager
+    def mapped(self) -> Iterator[None]:
+        """Give a lost connection its name; OSErrors of the board's own pass."""
+        try:
+            yield
+        except DeployError:
+            raise
+        except TimeoutError as problem:
+            raise self._lost("the board no longer answers") from problem
+        except (EOFError, paramiko.SSHException, ConnectionError) as problem:
+            raise self._lost("the connection was lost") from problem
+        except OSError as problem:
+            if self.alive:
+                raise
+            raise self._lost("the connection was lost") from problem
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection stands, as far as is known here."""
+        transport = self._connection.transport
+        return transport is not None and transport.is_active()
+
+    def _lost(self, what: str) -> LostConnectionError:
+        return LostConnectionError(
+            f"{self.host}: {what}; what was begun there ends by itself, and what is in use there is as it was: "
+            "run the same command again, it goes on where it was"
+        )
+
+
+def _drain(channel: paramiko.Channel, into: list[bytes]) -> None:
+    with contextlib.suppress(Exception):  # the other reader tells
+        into.append(channel.makefile_stderr("rb").read(_MOST_OUTPUT))
