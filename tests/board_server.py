@@ -119,9 +119,8 @@ def serve(
         Path("/run/sshd").mkdir(exist_ok=True)
     assert SSHD
     log = (folder / "sshd.log").open("w")
-    daemon = subprocess.Popen(
-        [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log, stdin=subprocess.DEVNULL
-    )
+    command = [*within, SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]
+    daemon = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
     try:
         wait_for(port, daemon, folder / "sshd.log")
         server.connect_by(port)

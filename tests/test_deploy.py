@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_moe
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -396,10 +397,21 @@ BENCH = {
 def test_what_was_measured_stands_beside_what_was_planned() -> None:
     expected = Forecast("Orin", (8.0, 10.0, 12.0), (3.0, 2.0, 1.5), "memory").as_dict()
     first, rate = compared(expected, BENCH)
-    assert first == "first token after 128: 2 s (as planned: 1.5 to 3, usually 2)"
-    assert rate == "tokens a second: 12.5 (above the plan: 8 to 12, usually 10)"
+    assert first == "first token of 128 after 2 s (as planned: 1.5 to 3, usually 2)"
+    assert rate == "tokens a second: 12.5 (faster than planned: 8 to 12, usually 10)"
     *lines, reason = compared(Forecast(reason="no board").as_dict(), BENCH)
     assert len(lines) == 2 and reason == "not compared: no board"
+
+
+def test_the_plan_is_edgert_s_own(tmp_path: Path) -> None:
+    pytest.importorskip("edgert.plan", reason="this edgert has no plan yet")
+    from edgert.pack import pack
+
+    bundle = pack(tiny_moe.write(tmp_path / "tiny.gguf"), tmp_path / "tiny.edge", progress=lambda stage, fraction: None)
+    found = forecast(bundle, BOARD, GIB, None)
+    assert found.board == "Jetson Orin Nano 8GB" and not found.reason
+    assert 0 < found.tokens_per_s[0] <= found.tokens_per_s[2] and found.ttft_s[0] >= found.ttft_s[2] > 0
+    assert "is below this model's floor" in forecast(bundle, BOARD, 90 * MIB, None).reason
 
 
 def test_a_board_that_no_plan_knows_is_not_compared() -> None:

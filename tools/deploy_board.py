@@ -307,7 +307,9 @@ def _power(facts: Facts) -> Iterator[Finding]:
 def _systemd(facts: Facts) -> Finding:
     if not facts.systemctl:
         return Finding("systemd", "none", "there is no systemd: no service is installed")
-    rights = "sudo without a password" if facts.sudo else "without sudo" + " but with a session" * facts.session
+    rights = (
+        "as root" if facts.uid == 0 else "with sudo" if facts.sudo else "without sudo" + ", the user's" * facts.session
+    )
     return Finding("systemd", ("running, " if facts.systemd else "not running, ") + rights)
 
 

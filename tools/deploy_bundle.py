@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploy_board import DeployError
@@ -60,25 +61,39 @@ def find_bundle(path: Path) -> None:
         raise DeployError(f"{path} is no bundle; make one with: edgert pack {path}, and deploy what it names")
 
 
-def read_bundle(path: Path, context: int | None, progress: Progress) -> LocalBundle:
-    """Check every byte of a bundle, and count what it needs. DeployError: it is none, or damaged."""
-    from edgert.describing import describe
+def read_bundle(path: Path, context: int | None, cores: int, progress: Progress) -> LocalBundle:
+    """Check every byte of a bundle, and count what it needs there. DeployError: it is none, or damaged.
+
+    cores: of the board; this machine's, and the kernels that are compiled here, make no difference.
+    """
     from edgert.errors import EdgertError
-    from edgert.memory import COMPILING_BYTES, STARTING_BYTES
     from edgert.verify import verify
 
     find_bundle(path)
     if problems := verify(path, progress):
         raise DeployError(f"{path} is damaged here ({problems[0]}); pack the model again")
     try:
-        described = describe(path, context=context)
+        name, floor, whole = _counted(path, context, cores)
     except EdgertError as problem:
         raise DeployError(str(problem)) from problem
     files = tuple(local_file(file, file.name) for file in sorted(path.iterdir()) if file.is_file())
-    memory = described["memory"]  # counted for this machine, where kernels may be compiled: there they may not be
-    floor = max(int(memory["floor"]) + COMPILING_BYTES, STARTING_BYTES)
-    whole = max(int(memory["total"]) + COMPILING_BYTES, STARTING_BYTES)
-    return LocalBundle(path, described["name"], files, floor, whole)
+    return LocalBundle(path, name, files, floor, whole)
+
+
+def _counted(path: Path, context: int | None, cores: int) -> tuple[str, int, int]:
+    """Name, and the bytes of the smallest budget that runs and of all in RAM, kernels compiled on the way."""
+    from edgert.architectures import read_config
+    from edgert.loading import context_of, name_of, open_model
+    from edgert.memory import STARTING_BYTES
+    from edgert.needs import needs
+    from edgert.weights import Weights
+
+    with contextlib.closing(open_model(path)) as file:
+        config = read_config(file.metadata, str(path))
+        needed = needs(Weights(file, config), context_of(context, config), "f16", max(cores, 1))
+        needed = replace(needed, compiling=True)
+        whole = needed.plan(max(needed.work)).total
+        return (name_of(file), max(needed.floor().total, STARTING_BYTES), max(whole, STARTING_BYTES))
 
 
 def local_file(path: Path, name: str) -> LocalFile:

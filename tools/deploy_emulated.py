@@ -120,17 +120,8 @@ class Board:
             mount -t proc proc proc; mount --bind "$1" proc/meminfo; mount -t tmpfs -o size=400m none mnt/small
             cd /; shift; exec "$@"
         """
-        within = [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "sh",
-            "-ec",
-            script,
-            str(self.debian),
-            str(self._meminfo),
-        ]
+        apart = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script]
+        within = [*apart, str(self.debian), str(self._meminfo)]
         env = {"HOME": "/root", "LANG": "C.UTF-8", **CPU}
         return board_server.serve(self._scratch / "server", "ChrootDirectory /run/edgert-board", env=env, within=within)
 

@@ -63,14 +63,22 @@ def compared(expected: Mapping[str, Any], bench: Mapping[str, Any]) -> Iterator[
     for test in bench.get("tests", ()):
         prompt = test["kind"] == "prompt"
         measured = test["ttft_s"] if prompt else test["tokens_per_s"]
-        what = f"first token after {test['n_tokens']}" if prompt else "tokens a second"
-        line = f"{what}: {measured:.3g}{' s' if prompt else ''}"
+        what = f"first token of {test['n_tokens']} after" if prompt else "tokens a second:"
+        line = f"{what} {figure(measured)}{' s' if prompt else ''}"
         if expected.get("reason"):
             yield line
             continue
-        low, usual, high = expected["ttft_s" if prompt else "tokens_per_s"]
-        low, high = sorted((low, high))
-        verdict = "as planned" if low <= measured <= high else "above the plan" if measured > high else "below the plan"
-        yield f"{line} ({verdict}: {low:.3g} to {high:.3g}, usually {usual:.3g})"
+        slow, usual, fast = expected["ttft_s" if prompt else "tokens_per_s"]
+        low, high = sorted((slow, fast))
+        faster = (measured < low) if prompt else (measured > high)
+        verdict = (
+            "as planned" if low <= measured <= high else "faster than planned" if faster else "slower than planned"
+        )
+        yield f"{line} ({verdict}: {figure(low)} to {figure(high)}, usually {figure(usual)})"
     if expected.get("reason"):
         yield f"not compared: {expected['reason']}"
+
+
+def figure(value: float) -> str:
+    """Three digits, for a person."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

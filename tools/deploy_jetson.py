@@ -93,7 +93,7 @@ def deploy(chosen: argparse.Namespace, scratch: Path) -> None:
         seen = look(link, chosen)
         say(chosen.host, deploy_report.findings(seen.found))
         refuse(seen.found)
-        bundle = read_bundle(chosen.model, chosen.context, _progress)
+        bundle = read_bundle(chosen.model, chosen.context, seen.facts.cores, _progress)
         budget, memory = judged_memory(chosen.memory, seen.facts, bundle)
         say("", deploy_report.findings([memory]))
         refuse([memory])

@@ -48,6 +48,8 @@ class Ran:
     @property
     def last_words(self) -> str:
         """The last line that says something, for a message."""
+        if self.status in (-1, 137):
+            return "it was killed, probably for want of memory; state less --memory, or stop other programs"
         lines = [line.strip() for line in (self.errors + "\n" + self.output).splitlines() if line.strip()]
         told = [line for line in lines if "error" in line.lower() or "errno" in line.lower()] or lines
         return told[-1][:400] if told else f"it ended with {self.status} and said nothing"
@@ -163,7 +165,7 @@ class Link:
             output = channel.makefile("rb").read(_MOST_OUTPUT)
             reader.join(timeout)
             status = channel.recv_exit_status()
-        if status == -1:
+        if status == -1 and not self.alive:  # else a signal ended it
             raise self._lost("the connection was lost")
         text, wrong = (part.decode(errors="replace") for part in (output, b"".join(errors)))
         return Ran(status, text, wrong, time.monotonic() - began)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deploy_board import Finding, size
-from deploy_forecast import Forecast, compared
+from deploy_forecast import PROMPT, Forecast, compared, figure
 from deploy_steps import Action
 
 _WIDTH = 14
@@ -26,7 +26,8 @@ def expectation(expected: Forecast) -> Iterator[str]:
         yield f"  {'plan':<{_WIDTH}}none: {_plain(expected.reason)}"
         return
     rate, first = expected.tokens_per_s, expected.ttft_s
-    text = f"{rate[1]:.3g} tokens a second ({min(rate):.3g} to {max(rate):.3g}), first token after {first[1]:.2g} s"
+    ends = f"{figure(min(rate))} to {figure(max(rate))}"
+    text = f"{figure(rate[1])} tokens a second ({ends}), first token of {PROMPT} after {figure(first[1])} s"
     yield f"  {'plan':<{_WIDTH}}{text}, bound by {expected.bound} ({expected.board})"
 
 
@@ -79,6 +80,8 @@ def ending(root: str, release: str, scope: str, running: bool, serves: bool, sen
         state = "running" if running else "enabled, not started: systemd does not run there now"
         does = "serves" if serves else "readies the model at boot; this edgert has no `edgert serve`"
         yield f"  {'service':<{_WIDTH}}edgert.service ({scope}): {state}; {does}"
+        if scope == "user":
+            yield f"  {'':<{_WIDTH}}-> it starts at boot, not only at login, after: sudo loginctl enable-linger"
     yield f"  {'in use':<{_WIDTH}}release {release}"
     yield f"  {'to chat':<{_WIDTH}}{root}/current/env/bin/edgert chat {root}/current/model.edge"
 

@@ -107,7 +107,8 @@ def read_wheel(path: Path) -> Wheel:
     except (InvalidWheelFilename, zipfile.BadZipFile, StopIteration, KeyError, OSError) as problem:
         raise DeployError(f"{path} is no wheel ({problem or 'it has no METADATA'}); give a .whl file") from problem
     requires = email.parser.Parser().parsestr(text, headersonly=True).get_all("Requires-Dist", [])
-    digest = hashlib.sha256(b"\n".join(sorted(record.split(b"\n")))).hexdigest()
+    lines = [line for line in record.splitlines() if b".dist-info/WHEEL," not in line]  # it names who packed it
+    digest = hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
     return Wheel(path, canonicalize_name(name), str(version), tuple(requires), digest, unpacked)
 
 
@@ -138,7 +139,7 @@ def compiled_for(path: Path) -> Iterator[tuple[str, str]]:
                         header = file.read(20)
                     if header[:4] == b"\x7fELF":
                         number = struct.unpack("<H" if header[5] == 1 else ">H", header[18:20])[0]
-                        yield entry.filename, _ELF_MACHINES.get(number, f"machine {number}")
+                        yield (entry.filename, _ELF_MACHINES.get(number, f"machine {number}"))
     except (zipfile.BadZipFile, OSError) as problem:
         raise DeployError(f"{path} is no wheel ({problem}); give a .whl file") from problem
 
