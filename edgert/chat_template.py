@@ -172,7 +172,8 @@ class ChatTemplate:
         """The messages with reasoning_content under the name that the template gives it."""
         if not self._calls_it_thinking:
             return messages
-        return [_as_thinking(message) if isinstance(message, Mapping) else message for message in messages]
+        alone = self._marks is not None and self._marks.has_channels
+        return [_as_thinking(message, alone) if isinstance(message, Mapping) else message for message in messages]
 
     @cached_property
     def _calls_it_thinking(self) -> bool:
@@ -265,13 +266,14 @@ class _Inputs:
         )
 
 
-def _as_thinking(message: Message) -> Message:
-    """A message for a template that reads `thinking`. gpt-oss takes that or a content beside a tool call, not both."""
+def _as_thinking(message: Message, alone: bool) -> Message:
+    """A message for a template that reads `thinking`; alone: beside a tool call it takes that or a content, not both,
+    as gpt-oss's does."""
     reasoning = message.get("reasoning_content")
     if not isinstance(reasoning, str) or not reasoning or "thinking" in message:
         return message
     named = {**message, "thinking": reasoning}
-    return {**named, "content": ""} if message.get("tool_calls") else named
+    return {**named, "content": ""} if alone and message.get("tool_calls") else named
 
 
 def _source(metadata: Mapping[str, Any], key: str) -> str | None:

@@ -95,16 +95,21 @@ class Marks:
     wrap: str = ""
 
     @property
+    def has_channels(self) -> bool:
+        """Whether messages name their channel."""
+        return not self.closes
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """All marks, to be looked for among the tokens."""
-        return (self.opens, self.closes) if self.closes else _CHANNEL_MARKS
+        return _CHANNEL_MARKS if self.has_channels else (self.opens, self.closes)
 
     def splitter(self, prompt: str, tokens: Mapping[int, str]) -> Splitter:
         """A splitter for the answer to a prompt, whose end says whether the model is thinking already.
 
         tokens: the marks that are tokens of their own, by id; the others are looked for in the text.
         """
-        if not self.closes:
+        if self.has_channels:
             return _Channels(tokens)
         end = prompt.rstrip()
         begins: _State = "before"

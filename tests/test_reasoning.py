@@ -351,6 +351,14 @@ def test_gpt_oss_takes_a_content_beside_a_call_for_reasoning() -> None:
     assert "Wait." in template("gpt-oss").render([CALLED[0], {**called[1], "reasoning_content": ""}, CALLED[2]])
 
 
+def test_other_templates_take_both_beside_a_call() -> None:
+    made = ChatTemplate(
+        "{% for message in messages %}{{ message.thinking }}|{{ message.content }};{% endfor %}", TOKENIZER
+    )
+    said = {"role": "assistant", "content": "c", "reasoning_content": "r"}
+    assert made.render([said, {**said, "tool_calls": [CALL]}, {**said, "thinking": "t"}]) == "r|c;r|c;t|c;"
+
+
 def test_marks_by_the_text_of_a_template() -> None:
     assert find_marks("{{ messages }}") is None
     assert find_marks("x.split('</think>')") == THINK

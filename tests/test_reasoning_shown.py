@@ -32,6 +32,8 @@ def answer(*arguments: str, **environment: str) -> tuple[str, str]:
 
 def test_a_pipe_gets_the_answer_alone() -> None:
     assert answer() == ("You said: hi\n", "")
+    ended = "the model was still thinking when --max-tokens ended it: allow more, or use --no-think\n"
+    assert answer("--max-tokens", "12") == ("\n", ended)
 
 
 def test_json_has_both() -> None:

@@ -168,7 +168,7 @@ def open_model(name: str | None, runtime: Mapping[str, Any]) -> Iterator[Model]:
 
 
 class Waiting:
-    """Says on a terminal that the prompt is being read, if that takes long. stop() before the first text."""
+    """Says on a terminal that the prompt is being read, if that takes long. stop() before the first text that shows."""
 
     def __init__(self) -> None:
         screen = console(stderr=True)
@@ -187,6 +187,12 @@ class Waiting:
         if not self._over:
             self._timer.start()
         return self
+
+    def say(self, what: str) -> None:
+        """Say something else from now on."""
+        with self._lock:
+            if not self._over:
+                self._status.update(what)
 
     def stop(self) -> None:
         """Take the line away, if it is there."""
@@ -209,18 +215,22 @@ def read_out(stream: Stream, *, silent: bool = False) -> Completion:
     last = ""
     with stream, Waiting() as waiting:
         for piece in stream:
-            waiting.stop()
-            if silent or piece.kind not in shown or not piece.text:
+            if piece.kind not in shown:
+                waiting.say("thinking")
                 continue
-            write(("\n\n" if last not in ("", piece.kind) else "") + piece.text, dim=piece.kind == "reasoning")
-            last = piece.kind
+            waiting.stop()
+            if piece.text and not silent:
+                write(("\n\n" if last not in ("", piece.kind) else "") + piece.text, dim=piece.kind == "reasoning")
+                last = piece.kind
     return stream.completion
 
 
 def note_full_context(completion: Completion, model: Model) -> None:
-    """Say that an answer broke off because the context is full, if it did, and how to go on."""
+    """Say that an answer broke off because the context is full, or before it began, if it did, and how to go on."""
     if completion.finish_reason == "context":
         note(f"the context of {model.n_context:,} tokens is full: start again with a larger --context")
+    elif completion.finish_reason == "length" and completion.reasoning and not completion.text:
+        note("the model was still thinking when --max-tokens ended it: allow more, or use --no-think")
 
 
 def as_json(completion: Completion, model: Model, before: str = "") -> dict[str, Any]:
