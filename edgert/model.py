@@ -400,12 +400,3 @@ def _handed_out(answer: Stream, request: _Request) -> Stream:
     """An answer that the caller reads piece by piece, which Model.close() must find; not kept alive for that."""
     request.stream = weakref.ref(answer)
     return answer
-
-
-def describe(
-    path_or_name: str | Path | None = None, *, context: int | None = None, memory: str | int | float | None = None
-) -> dict[str, Any]:
-    """What `edgert inspect` prints, without reading the weights; memory: a budget to plan for, or "auto"."""
-    from edgert.describing import describe
-
-    return describe(path_or_name, context=context, memory=memory)

@@ -299,7 +299,7 @@ def test_a_closed_model_says_so() -> None:
 
 
 def test_describe_reads_no_weights(tmp_path: Path) -> None:
-    from edgert.model import describe
+    from edgert.describing import describe
 
     facts = describe()
     assert facts["architecture"] == "granitemoe" and facts["experts"]["count"] == 16 and facts["experts"]["used"] == 2

@@ -69,7 +69,7 @@ def inspect_model(
 
         description = machine.describe()
     else:
-        from edgert.model import describe
+        from edgert.describing import describe
 
         description = describe(model, context=context, memory=memory)
     if json:
