@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from edgert.devices.base import CHUNK, Device
 from edgert.devices.onnx_quantised import Ranges
@@ -20,6 +24,7 @@ from edgert.quant import jit
 from edgert.types import Floats, ModelConfig
 
 _PARTS = ("attention", "experts")
+UNIFIED = Path("/etc/nv_tegra_release")  # a Jetson's: what its GPU takes is the machine's memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Selection:
     def onnx(self) -> bool:
         """Whether a part is ONNX Runtime's."""
         return "onnx:" in self.attention + self.experts
+
+    def on_card(self, part: str) -> bool:
+        """Whether "attention" or "experts" is computed in a graphics card's own memory, apart from the machine's."""
+        plain = getattr(self, part).removeprefix("onnx:").partition("+")[0]
+        return plain in PROVIDERS and PROVIDERS[plain].memory != "cpu" and not UNIFIED.exists()
 
     @property
     def quantised(self) -> bool:
@@ -67,8 +77,10 @@ class Selection:
         rope_divisors: Floats | None = None,
         chunk: int = CHUNK,
         ranges: Ranges | None = None,
+        is_hot: npt.NDArray[np.bool_] | None = None,
     ) -> Device:
-        """The device, empty; ranges: for what is `quantised`.
+        """The device, empty. ranges: for what is `quantised`. is_hot: experts (n_layers, n_expert) that the experts'
+        device has, where it has not all; the CPU has the others.
 
         DeviceError: a provider that is not there; OptionError: what it does not do.
         """
@@ -79,7 +91,7 @@ class Selection:
         return SplitDevice(
             config,
             _attention(self.attention, config, n_context, kv_type, angles | options, ranges),
-            _experts(self.experts, config, options, ranges),
+            _experts(self.experts, config, options, ranges, is_hot),
         )
 
 
@@ -102,7 +114,13 @@ def _attention(
     return OnnxAttention(config, n_context, settings, rope_divisors=divisors, kv_type=kv_type, chunk=chunk, ranges=own)
 
 
-def _experts(name: str, config: ModelConfig, options: Mapping[str, Any], ranges: Ranges | None) -> ExpertPart:
+def _experts(
+    name: str,
+    config: ModelConfig,
+    options: Mapping[str, Any],
+    ranges: Ranges | None,
+    is_hot: npt.NDArray[np.bool_] | None = None,
+) -> ExpertPart:
     if name == "cpu":
         from edgert.devices.cpu_parts import CpuExperts
 
@@ -110,7 +128,13 @@ def _experts(name: str, config: ModelConfig, options: Mapping[str, Any], ranges:
     from edgert.devices.onnx_experts import OnnxExperts
 
     settings, own = _settings(name, options, ranges)
-    return OnnxExperts(config, settings, chunk=options["chunk"], ranges=own)
+    found = OnnxExperts(config, settings, chunk=options["chunk"], ranges=own)
+    if is_hot is None or is_hot.all():
+        return found
+    from edgert.devices.cpu_parts import CpuExperts
+    from edgert.devices.onnx_hot import HotExperts
+
+    return HotExperts(config, found, CpuExperts(config, **options), is_hot)
 
 
 def _settings(name: str, options: Mapping[str, Any], ranges: Ranges | None) -> tuple[Settings, Ranges | None]:

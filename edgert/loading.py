@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 from edgert import file_pages, streaming
 from edgert.architectures import read_config
@@ -25,8 +26,10 @@ from edgert.devices.selection import Selection
 from edgert.engine import Engine, Session
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError, OptionError
 from edgert.experts import predictors
+from edgert.experts.choice import choice_for
 from edgert.experts.prefetch_control import Mode
 from edgert.experts.residency import AllResident, Residency
+from edgert.graphics_memory import card_bytes, hot_experts
 from edgert.memory import Budget, MemoryPlan, Needs, available, budget_for, parse_share, plan_memory
 from edgert.needs import needs
 from edgert.pack import open_source
@@ -115,18 +118,20 @@ def load_parts(
     progress: Progress,
     reserved: int = 0,
     power: str = MODES[0],
+    gpu_memory: str | int | None = None,
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
     path = resolve(path_or_name)
     selected = selection.parse(_fastest(path) if device == "auto" else device)
     selected.check(activations)
+    card = card_bytes(gpu_memory, selected)
     streaming.check_options(policy, prefetch)
     check_power(power)
     share = None if residency is None else parse_share(residency)
     budget = budget_for(memory, reserved)
     progress("reading the header", 0.0)
     with ExitStack() as held, _memory_errors(path):
-        options = (context, kv_type, threads, activations, selected)
+        options = (context, kv_type, threads, activations, selected, card)
         file, weights, needed = _open(path, options, held, budget)
         plan = plan_memory(needed, budget, residency=share)
         if plan.slots and not isinstance(file, Bundle):  # experts are read from a bundle only
@@ -146,6 +151,7 @@ def load_parts(
             rope_divisors=weights.rope_divisors(),
             chunk=plan.chunk,
             ranges=_ranges(file, weights, threads, progress) if selected.quantised else None,
+            is_hot=None if needed.n_hot is None else _hot(needed.n_hot, weights),
         )
         held.callback(made.close)
         cooler = cooler_for(made, power)
@@ -204,6 +210,17 @@ def _fastest(path: Path) -> str:
     return speeds.fastest if is_trusted(speeds.fastest) else "auto"
 
 
+def _hot(n_hot: int, weights: Weights) -> npt.NDArray[np.bool_]:
+    """Experts that a graphics card has: those that a profile found to be used most."""
+    config = weights.config
+    assert config.router is not None
+    shape = config.n_layers, config.router.n_expert
+    bundle = weights.file.path if isinstance(weights.file, Bundle) else None
+    choice = choice_for(streaming.model_key(weights.file.metadata, config), 1.0, shape, bundle)
+    used = None if choice is None or choice.profile is None else np.reshape(choice.profile, shape)
+    return hot_experts(n_hot, shape, used)
+
+
 def _ranges(file: TensorFile | Bundle, weights: Weights, threads: int | None, progress: Progress) -> Ranges:
     """Ranges that a device rounds values to, seen on a text."""
     from edgert.devices.onnx_ranges import measure
@@ -239,7 +256,10 @@ def open_model(path: Path) -> TensorFile | Bundle:
 
 
 def _open(
-    path: Path, options: tuple[int | None, str, int | None, str, Selection], held: ExitStack, budget: Budget
+    path: Path,
+    options: tuple[int | None, str, int | None, str, Selection, int | None],
+    held: ExitStack,
+    budget: Budget,
 ) -> tuple[TensorFile | Bundle, Weights, Needs]:
     """A model's file, its weights and what it needs."""
     file = open_model(path)
@@ -247,9 +267,10 @@ def _open(
     if budget.strict and isinstance(file, GgufFile):
         file.keep_no_pages()
     config = read_config(file.metadata, str(path))
-    context, kv_type, threads, activations, selected = options
+    context, kv_type, threads, activations, selected, card = options
     weights = Weights(file, config, decode_to_f32=activations == "f32")
-    return file, weights, needs(weights, context_of(context, config), kv_type, threads, activations, selected)
+    needed = needs(weights, context_of(context, config), kv_type, threads, activations, selected, card)
+    return file, weights, needed
 
 
 def _kernels(device: Device, weights: Weights, kv_type: str, activations: str) -> list[tuple[Any, int]]:

@@ -54,6 +54,7 @@ def load(
     progress: Progress | None = None,
     reserved: int = 0,
     power: str = "full",
+    gpu_memory: str | int | None = None,
 ) -> Model:
     """Load a model: a GGUF file, a bundle (.edge), a Hugging Face folder; None loads the embedded one.
 
@@ -64,7 +65,10 @@ def load(
     prefetch: "auto" reads experts before they are asked for where that pays, "always" wherever it can, "off" never.
     trace: a file for the routes of the last tokens, as many as fit 8 MiB, written when the model is closed; `edgert
     replay` reads it. context: positions, by default the model's own up to 4096. threads: by default the physical cores
-    that the process may use. device: "auto", "cpu" or "reference". kv_type: "f16", "f32", or "int8", which is lossy.
+    that the process may use. device: "auto", "cpu", "reference", "onnx:PROVIDER", or "attention=NAME,experts=NAME", see
+    devices.selection. gpu_memory: most bytes of a graphics card's own memory ("6GiB"), by default nine tenths of what
+    is free: as many experts as fit lie there, those used most, and the others in RAM. kv_type: "f16", "f32", or "int8",
+    which is lossy.
     activations: "int8", or "f32" to verify. progress(stage, fraction) is called while loading. reserved: bytes of
     `memory` that the caller itself will take. power: "cool" takes threads away while the board is hot, with the same
     answers; "full" never does. Raises EdgertError.
@@ -84,6 +88,7 @@ def load(
             activations=activations,
             progress=progress or silent,
             reserved=reserved,
+            gpu_memory=gpu_memory,
             power=power,
         )
     )

@@ -9,13 +9,14 @@ import numpy as np
 from edgert.devices.base import CHUNK
 from edgert.devices.kv_cache import cache_bytes, check_kv_type
 from edgert.devices.selection import Selection
+from edgert.errors import MemoryLimitError
 from edgert.experts.predictors import is_compiled, predictor_bytes
 from edgert.experts.topics import topic_bytes
-from edgert.memory import WORD_BYTES, Needs
+from edgert.memory import WORD_BYTES, Needs, mib
 from edgert.quant import jit
 from edgert.storage.bundle import Bundle
 from edgert.storage.bundle_manifest import PAGE, round_up
-from edgert.types import Ids
+from edgert.types import Ids, ModelConfig
 from edgert.weight_sources import KEPT_ROWS
 from edgert.weights import EMBEDDING, Weights
 
@@ -30,10 +31,38 @@ def needs(
     threads: int | None = None,
     activations: str = "int8",
     device: Selection | None = None,
+    card: int | None = None,
 ) -> Needs:
-    """What loading and running will take; device: None for the CPU. OptionError for an unknown kv_type."""
+    """What loading and running will take of the machine's memory.
+
+    device: None for the CPU. card: bytes of a graphics card's own memory that may be taken; None: as many as it takes.
+    OptionError for an unknown kv_type; MemoryLimitError: too few of the card's.
+    """
     found = _on_cpu(weights, n_context, kv_type, threads, activations)
-    return found if device is None or not device.onnx else _with_onnx(found, weights, n_context, kv_type, device)
+    if device is None or not device.onnx:
+        return found
+    return _with_card(_with_onnx(found, weights, n_context, kv_type, device), found, weights.config, device, card)
+
+
+def _with_card(needed: Needs, on_cpu: Needs, config: ModelConfig, device: Selection, limit: int | None) -> Needs:
+    """Of needs in one memory those that are the machine's where a card has its own: experts fill what is left of it."""
+    taken = 0
+    if device.on_card("attention"):
+        taken = needed.hot + needed.kv + max(needed.work.values())
+        needed = replace(needed, hot=0, kv=0)
+    n_hot, n_expert = None, config.router.n_expert if config.router else 0
+    if device.on_card("experts") and n_expert:
+        row = int(on_cpu.cold * needed.beside) // n_expert  # one expert of each layer
+        n_hot = n_expert if limit is None else max(min((limit - taken) // row, n_expert), 0)
+        taken += max(n_hot, 1) * row
+        cold = on_cpu.cold * (n_expert - n_hot) // n_expert
+        needed = replace(needed, cold=cold, beside=0.0, streams=False, n_hot=n_hot)
+    if limit is not None and taken > limit:
+        raise MemoryLimitError(
+            f"--gpu-memory {mib(limit)}MiB is below the {mib(taken)} MiB that {device.name} takes; give more, or a "
+            "shorter --context, or leave a part to the CPU as in --device attention=cpu,experts=NAME"
+        )
+    return needed
 
 
 def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, device: Selection) -> Needs:

@@ -1,0 +1,48 @@
+"""A graphics card's own memory: how much of it may be used, and which experts lie there."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.devices.selection import Selection
+from edgert.errors import OptionError
+from edgert.memory import parse_size
+from edgert.types import Floats
+
+_USED_SHARE = 0.9  # of what is free, where nobody says how much: the driver and the provider take some themselves
+_QUERY = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+
+
+def card_bytes(gpu_memory: str | int | None, device: Selection) -> int | None:
+    """Bytes that may be used of the card that a device computes on; None: nobody knows, or it has no card.
+
+    OptionError for no size, and for a size where there is no card.
+    """
+    has_card = device.on_card("attention") or device.on_card("experts")
+    if gpu_memory is None:
+        return _free() if has_card else None
+    if not has_card:
+        raise OptionError(f"gpu_memory={gpu_memory!r}: {device.name} has no memory of its own; leave it away")
+    return parse_size(gpu_memory)
+
+
+def _free() -> int | None:
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        found = subprocess.run(_QUERY, capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(_USED_SHARE * (int(found.split()[0]) << 20))
+    return None
+
+
+def hot_experts(n_hot: int, shape: tuple[int, int], used: Floats | None) -> npt.NDArray[np.bool_]:
+    """Which experts (n_layers, n_expert) lie on the card: of each layer the n_hot that are used most.
+
+    used: how often each is, of that shape; None: nobody knows, and the first ones are taken.
+    """
+    order = np.tile(np.arange(shape[1]), (shape[0], 1)) if used is None else np.argsort(-used, axis=1, kind="stable")
+    found = np.zeros(shape, np.bool_)
+    np.put_along_axis(found, order[:, :n_hot], True, axis=1)
+    return found
