@@ -15,9 +15,14 @@ LIBRARY_BYTES = 40 << 20  # onnx, onnxruntime and what they load
 SESSION_BYTES = 384 << 10  # of each session, beside its weights
 
 
-def form_bytes(format: Format, packed: int) -> int:
-    """Bytes within sessions of weights that take `packed` bytes as tiles; their scales are there three times."""
+def form_bytes(format: Format, packed: int, form: str = "") -> int:
+    """Bytes within sessions of weights that take `packed` bytes as tiles; their scales are there three times.
+
+    form: of the graphs, see onnx_runtime.FORMS.
+    """
     weights = packed // format.block_bytes * format.block * TILE_ROWS
+    if form == "qdq":
+        return weights
     n_scales = weights // format.group if format.is_integer else 0
     return weights * stored_bits(format) // 8 + n_scales * (16 if format.has_minimum else 12)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgert.devices.base import CHUNK
 from edgert.devices.kv_cache import cache_bytes, check_kv_type
+from edgert.devices.onnx_runtime import form_of
 from edgert.devices.selection import Selection
 from edgert.errors import MemoryLimitError
 from edgert.experts.predictors import is_compiled, predictor_bytes
@@ -71,8 +72,11 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
 
     config = weights.config
     in_ram = [name for name in weights.shapes if not weights.is_on_file(name)]
+    of_part = {True: form_of(device.experts), False: form_of(device.attention)}
     forms = {
-        name: sum(onnx_memory.form_bytes(*one) for one in weights.sizes_of(name).items())
+        name: sum(
+            onnx_memory.form_bytes(*one, of_part[weights.is_cold(name)]) for one in weights.sizes_of(name).items()
+        )
         for name in in_ram
         if len(weights.shapes[name]) > 1
     }
@@ -81,6 +85,7 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
     if device.attention != "cpu":
         hot = sum(n_bytes for name, n_bytes in forms.items() if not weights.is_cold(name))
         hot += (config.n_layers + 2) * onnx_memory.SESSION_BYTES
+        hot *= 2 if of_part[False] else 1  # graphs of a token and of a chunk
     if device.experts != "cpu" and config.router:
         cold = sum(n_bytes for name, n_bytes in forms.items() if weights.is_cold(name))
         cold += config.n_layers * config.router.n_expert * onnx_memory.SESSION_BYTES
