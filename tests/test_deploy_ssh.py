@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import deploy_jetson  # found through the line above
 from deploy_board import DeployError
 from deploy_bundle import CHUNK, local_file
-from deploy_copy import copy_file
+from deploy_copy import copy_files
 from deploy_install import Installer
 from deploy_link import Link, LostConnectionError
 
@@ -344,14 +344,17 @@ def test_a_copy_goes_on_where_it_was_and_checks_what_is_there(link: Link, tmp_pa
     target.parent.mkdir()
     part = Path(f"{target}.part")
     part.write_bytes(content[: CHUNK + 99])
-    assert copy_file(link, file, str(target)).kept == CHUNK and target.read_bytes() == content
-    assert copy_file(link, file, str(target)).sent == 0
+    assert copy_files(link, [file], str(target.parent)).kept == CHUNK and target.read_bytes() == content
+    assert copy_files(link, [file], str(target.parent)).sent == 0
+    part.write_bytes(content)  # all of it, but not yet its name
+    target.unlink()
+    assert copy_files(link, [file], str(target.parent)).sent == 0 and target.read_bytes() == content
     target.unlink()
     part.write_bytes(content[:CHUNK] + b"x" + content[CHUNK + 1 :] + b"longer than the file")
-    assert copy_file(link, file, str(target)).sent == CHUNK + 777 and target.read_bytes() == content
+    assert copy_files(link, [file], str(target.parent)).sent == CHUNK + 777 and target.read_bytes() == content
     assert not part.exists()
     target.write_bytes(b"another version")
-    assert copy_file(link, file, str(target)).kept == 0 and target.read_bytes() == content
+    assert copy_files(link, [file], str(target.parent)).kept == 0 and target.read_bytes() == content
 
 
 def test_a_file_that_changes_while_it_is_copied_gets_no_name(link: Link, tmp_path: Path) -> None:
@@ -359,7 +362,7 @@ def test_a_file_that_changes_while_it_is_copied_gets_no_name(link: Link, tmp_pat
     file = local_file(tmp_path / "file", "file")
     (tmp_path / "file").write_bytes(b"behind")
     with pytest.raises(DeployError, match="arrived damaged and was removed"):
-        copy_file(link, file, str(tmp_path / "there/file"))
+        copy_files(link, [file], str(tmp_path / "there"))
     assert not list((tmp_path / "there").iterdir())
 
 
@@ -382,7 +385,7 @@ def test_a_drive_that_fills_while_copying(link: Link, small_drive: Path, tmp_pat
     with pytest.raises(
         DeployError, match=r"the drive is full: .* experts.bin needed .* more; its half copy was removed"
     ):
-        copy_file(link, file, str(small_drive / "coming/experts.bin"))
+        copy_files(link, [file], str(small_drive / "coming"))
     assert not list(small_drive.rglob("*.bin*"))
 
 

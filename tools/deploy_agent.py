@@ -88,22 +88,32 @@ def digest(path: str, chunk: int) -> dict[str, Any]:
     return {"size": size, "sha256": whole.hexdigest(), "chunks": chunks}
 
 
-def cut(path: str, size: int) -> None:
-    """Keep the first bytes of a file, made where there is none; and the folders above it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.truncate(size)
+def digests(paths: list[str], chunk: int) -> list[dict[str, Any]]:
+    """Of several files."""
+    return [digest(path, chunk) for path in paths]
 
 
-def seal(part: str, path: str, sha256: str) -> bool:
-    """Give a whole file its name; where its digest is another, remove it and say so."""
-    if digest(part, 1 << 22)["sha256"] != sha256:
-        os.unlink(part)
-        return False
-    _flush(Path(part))
-    os.replace(part, path)
-    _flush(Path(path).parent)
-    return True
+def cut(sizes: dict[str, int]) -> None:
+    """Keep the first bytes of files, made where there are none; and the folders above them."""
+    for path, size in sizes.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.truncate(size)
+
+
+def seal(coming: list[tuple[str, str, str]]) -> list[str]:
+    """Give whole files their names, (half copy, name, digest) each; names of those whose digest is another, removed."""
+    damaged = []
+    for part, path, sha256 in coming:
+        if digest(part, 1 << 22)["sha256"] == sha256:
+            _flush(Path(part))
+            os.replace(part, path)
+        else:
+            os.unlink(part)
+            damaged.append(path)
+    for folder in {os.path.dirname(path) for _, path, _ in coming}:
+        _flush(Path(folder))
+    return damaged
 
 
 def publish(source: str, target: str) -> None:
@@ -233,7 +243,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-ASKED = (state, free, begin, digest, cut, seal, publish, write, read, link, remove, network)
+ASKED = (state, free, begin, digest, digests, cut, seal, publish, write, read, link, remove, network)
 
 
 def main(question: str, values: dict[str, Any]) -> int:

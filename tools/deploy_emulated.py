@@ -44,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the board's Debian is kept")
     folder = parser.parse_args().folder.resolve()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tool is to get it, whoever ignores it here
     aarch64.refuse_without_tools()
     if board_server.why_not():
         sys.exit(board_server.why_not())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import deploy_service
 from deploy_board import DeployError, Facts, Python
-from deploy_bundle import LocalBundle, LocalFile, local_file
-from deploy_copy import Copied, copy_file
+from deploy_bundle import LocalBundle, LocalFile, Progress, local_file
+from deploy_copy import Copied, copy_files
 from deploy_forecast import GENERATE, PROMPT
 from deploy_house import WheelHouse
 from deploy_link import Link, LostConnectionError, Ran
@@ -30,8 +30,6 @@ _ENV = {
 }
 _CHECK = "import edgert.model, numba, numpy, tokenizers; print('sound')"
 _SETTLES_S = 3.0  # after which a service that was started counts as running
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass
@@ -109,20 +107,16 @@ class Installer:
         self._copy(self.bundle.files, coming)
         self.link.ask("publish", source=coming, target=f"{self.root}/models/{self.wanted.model}")
 
-    def _copy(self, files: list[LocalFile] | tuple[LocalFile, ...], folder: str) -> None:
+    def _copy(self, files: Sequence[LocalFile], folder: str) -> None:
         total, done, began = max(sum(file.size for file in files), 1), 0, time.monotonic()
-        for file in files:
-            what = f"copying {file.name}"
 
-            def told(n_bytes: int, what: str = what) -> None:
-                nonlocal done
-                done += n_bytes
-                rate = self.copied.sent + done  # what was there counts: the rate is of what is settled
-                self.progress(f"{what}, {rate / (time.monotonic() - began + 0.01) / 1e6:.0f} MB/s", done / total)
+        def told(name: str, n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            self.progress(f"copying {name}, {done / (time.monotonic() - began + 0.01) / 1e6:.0f} MB/s", done / total)
 
-            result = copy_file(self.link, file, f"{folder}/{file.name}", told)
-            self.copied.sent += result.sent
-            self.copied.kept += result.kept
+        result = copy_files(self.link, files, folder, told)
+        self.copied = Copied(self.copied.sent + result.sent, self.copied.kept + result.kept)
 
     # ---- the release -------------------------------------------------------------------------------------------------
     def make_release(self) -> None:
@@ -130,7 +124,7 @@ class Installer:
         folder = f"{self.root}/releases/{self.wanted.release}"
         with self._removed_if_it_fails(folder):
             self.link.ask("remove", paths=[folder])
-            self.link.ask("cut", path=f"{folder}/{deploy_service.NAME}", size=0)
+            self.link.ask("cut", sizes={f"{folder}/{deploy_service.NAME}": 0})
             self.link.ask("link", path=f"{folder}/env", target=f"../../envs/{self.wanted.env}")
             self.link.ask("link", path=f"{folder}/model.edge", target=f"../../models/{self.wanted.model}")
             self.link.ask("write", path=f"{folder}/{deploy_service.NAME}", text=self.wanted.unit)
