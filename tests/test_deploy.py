@@ -192,6 +192,8 @@ def test_memory_that_a_board_lacks_is_refused_with_the_numbers() -> None:
     assert lacks.refused and "4.0 GiB of memory" in lacks.line and "at least 5.0 GiB" in lacks.line
     assert "--memory is 6.0 GiB; use less" in judge_memory(small, 6 * GIB, GIB, stated=True).line
     assert "use --memory 1024MiB or more" in judge_memory(small, 900 * MIB, GIB, stated=True).line
+    resting = replace(small, ram_free=GIB // 2, served=GIB)  # what is taken is taken by the service of before
+    assert not judge_memory(resting, GIB, GIB, stated=False).problem
     taken = judge_memory(replace(small, ram_free=GIB // 2), 2 * GIB, GIB, stated=False)
     assert taken.refused and "stop other programs" in taken.line
     less = judge_memory(replace(small, ram_free=GIB), 2 * GIB, GIB, stated=False)
@@ -201,7 +203,7 @@ def test_memory_that_a_board_lacks_is_refused_with_the_numbers() -> None:
 
 def test_the_usual_budget_does_not_move_with_what_is_free() -> None:
     assert usual_budget(BOARD, 100 * GIB) == usual_budget(replace(BOARD, ram_free=1), 100 * GIB)
-    assert usual_budget(BOARD, GIB) == GIB and usual_budget(BOARD, 100 * GIB) < 0.71 * BOARD.ram
+    assert GIB < usual_budget(BOARD, GIB) < 1.2 * GIB and usual_budget(BOARD, 100 * GIB) < 0.71 * BOARD.ram
 
 
 def test_a_drive_without_room_is_refused() -> None:
@@ -380,7 +382,8 @@ def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     one = write_wheel(tmp_path, "edgert", "py3-none-any", {"x.py": b"1"})
     two = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"x.py": b"1"})
     assert read_wheel(one).digest == read_wheel(two).digest
-    assert not read_wheel(one).serves
+    other = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"x.py": b"2"})
+    assert read_wheel(one).digest != read_wheel(other).digest and not read_wheel(one).serves
     serving = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"edgert/cli/serve.py": b""})
     assert read_wheel(serving).serves and read_wheel(serving).digest != read_wheel(one).digest
 

@@ -178,8 +178,11 @@ def network(url: str) -> str:
 
 
 # ---- what ends with the connection -----------------------------------------------------------------------------------
-def hold(root: str) -> None:
-    """Keep other deployments away until the connection ends. Says "held", or who else is here."""
+def hold(root: str, at_end: list[str]) -> None:
+    """Keep other deployments away until the connection ends. Says "held", or who else is here.
+
+    at_end: a command to run then, however it ended: what was stopped for a while starts again.
+    """
     Path(root).mkdir(parents=True, exist_ok=True)
     with open(Path(root, "lock"), "a+") as lock:
         try:
@@ -194,6 +197,8 @@ def hold(root: str) -> None:
         print(json.dumps({"held": True}), flush=True)
         while os.read(0, 4096):
             pass
+        if at_end:
+            subprocess.run(at_end, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def watch(argv: list[str], env: dict[str, str], timeout: float) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 MIB, GIB = 1 << 20, 1 << 30
 PYTHON, GLIBC = (3, 10), (2, 28)  # the least that edgert and its wheels need
+SPARE_BYTES = 64 * MIB  # over what a model was counted to take at most, with a tenth of it
 SYSTEM_SHARE = 0.30  # of a board's memory, left to its system where nobody states a budget
 
 PROBE = r"""
@@ -38,6 +39,7 @@ say power; nvpmodel -q || cat /var/lib/nvpmodel/status
 say modes; cat /etc/nvpmodel.conf
 say sudo; sudo -n true && echo yes
 say systemd; command -v systemctl && [ -d /run/systemd/system ] && echo running
+say served; systemctl show --value -p MemoryCurrent edgert; systemctl --user show --value -p MemoryCurrent edgert
 say session; [ -S "/run/user/$(id -u)/systemd/private" ] && echo yes
 say end
 """
@@ -97,6 +99,7 @@ class Facts:
     pythons: tuple[Python, ...] = ()
     ram: int = 0
     ram_free: int = 0
+    served: int = 0  # of what is not free, by this tool's own service
     cores: int = 0
     home: str = ""
     user: str = ""
@@ -170,6 +173,7 @@ def read_facts(text: str) -> Facts:
         pythons=tuple(_pythons(said["pythons"])),
         ram=memory.get("MemTotal", 0),
         ram_free=memory.get("MemAvailable", 0),
+        served=sum(min(_number(line), memory.get("MemTotal", 0)) for line in said["served"].splitlines()),
         cores=_number(said["cores"]),
         home=said["home"],
         user=said["user"],
@@ -341,10 +345,11 @@ def judge_memory(facts: Facts, budget: int, floor: int, stated: bool) -> Finding
     if budget < floor:
         remedy = f"use --memory {-(-floor // MIB)}MiB or more, or a shorter --context"
         return Finding("budget", value, f"{size(budget)} is below this model's floor of {size(floor)}", remedy, True)
-    if facts.ram_free < floor:
+    free = facts.ram_free + facts.served  # it rests while another release is proven
+    if free < floor:
         remedy = "stop other programs; a Jetson's desktop: sudo systemctl isolate multi-user.target"
         return Finding("budget", value, f"{there}, but this model needs at least {size(floor)}", remedy, refused=True)
-    if facts.ram_free < budget:
+    if free < budget:
         return Finding("budget", value, f"{there}: less than the budget", "stop other programs, or state less")
     return Finding("budget", value)
 
@@ -354,7 +359,7 @@ def usual_budget(facts: Facts, whole: int) -> int:
 
     The same at each run, whatever else runs on the board meanwhile. whole: what the model takes with all in RAM.
     """
-    return min(whole, int((1 - SYSTEM_SHARE) * facts.ram)) // MIB * MIB
+    return min(int(whole * 1.1) + SPARE_BYTES, int((1 - SYSTEM_SHARE) * facts.ram)) // MIB * MIB
 
 
 def size(n_bytes: float) -> str:

@@ -36,7 +36,8 @@ def copy_files(
         whole = there[place]["sha256"] == file.sha256
         found = file.size if whole else good_bytes(file, there[len(targets) + place])
         done.kept += found
-        told(file.name, found)
+        if found:
+            told(file.name, found)
         if not whole:
             kept[target] = found
     link.ask("cut", sizes={f"{target}.part": found for target, found in kept.items()})

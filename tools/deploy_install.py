@@ -16,7 +16,7 @@ from deploy_copy import Copied, copy_files
 from deploy_forecast import GENERATE, PROMPT
 from deploy_house import WheelHouse
 from deploy_link import Link, LostConnectionError, Ran
-from deploy_service import Unit
+from deploy_service import Unit, active_command, is_running, start_command, stop_command
 from deploy_steps import Action, State, Wanted, actions, superfluous
 
 _LONG_S = 3 * 3600.0  # a first compilation on an emulated or a very small board
@@ -48,10 +48,15 @@ class Installer:
     progress: Progress
     proofs: dict[str, Any] = field(default_factory=dict)
     copied: Copied = field(default_factory=Copied)
+    resting: list[str] = field(default_factory=list)  # stops the service in use; the board starts it again
 
     def do_all(self) -> None:
         """Bring the board to what is wanted, alone. DeployError: what failed; what is in use is as it was."""
-        self.link.hold(self.root)
+        now = State.of(self.link.ask("state", root=self.root))
+        scope = now.scope
+        running = is_running(scope, self.facts) and self.link.run(active_command(scope, self.facts)).status == 0
+        self.link.hold(self.root, start_command(scope, self.facts) if running else ())
+        self.resting = stop_command(scope, self.facts) if running else []
         self.link.ask("begin", root=self.root)
         broken = service_state(self.link, self.facts, self.wanted.scope, self.wanted.unit)
         self.state = State.of(self.link.ask("state", root=self.root), broken)
@@ -144,6 +149,9 @@ class Installer:
     def prove(self) -> None:
         """verify, doctor, warm-up and bench, as the board does them."""
         bundle, options = f"{self.root}/models/{self.wanted.model}", self.unit.options
+        if self.resting:  # there may not be memory for both
+            self.progress("stopping the service for a while", 0.0)
+            self.link.run(self.resting)
         verified = self.edgert("verify", bundle, "--json", failing=True)
         if not verified.get("sound"):
             self.link.ask("remove", paths=[bundle])
@@ -175,16 +183,12 @@ class Installer:
     def change_service(self) -> None:
         """Put the unit in place and start it; if it does not run, what was before comes back."""
         try:
-            change_service(self.link, self.facts, self.root, self._scope(self.state.current), self.wanted.scope)
+            change_service(self.link, self.facts, self.root, self.state.scope, self.wanted.scope)
         except LostConnectionError:
             raise
         except DeployError as problem:
             self._back()
             raise DeployError(f"{problem}; what was in use before is in use again") from problem
-
-    def _scope(self, release: str | None) -> str:
-        """Whose service a release has."""
-        return str(self.state.releases.get(release or "", {}).get("scope", "none"))
 
     def _back(self) -> None:
         """As before the switch."""
@@ -194,7 +198,7 @@ class Installer:
         self.link.ask("link", path=f"{self.root}/current", target=before and f"releases/{before}")
         self.link.ask("link", path=f"{self.root}/previous", target=earlier and f"releases/{earlier}")
         with contextlib.suppress(DeployError):
-            change_service(self.link, self.facts, self.root, self.wanted.scope, self._scope(before))
+            change_service(self.link, self.facts, self.root, self.wanted.scope, self.state.scope)
 
     def prune(self) -> None:
         """Remove what neither this release nor the one before needs."""

@@ -135,12 +135,15 @@ class Link:
             raise DeployError(f"{self.host}: {told['path'] or question}: {told['problem']}")
         return told.get("answer")
 
-    def hold(self, root: str) -> None:
-        """Keep other deployments away while this connection lives. DeployError: one is at work."""
+    def hold(self, root: str, at_end: Sequence[str] = ()) -> None:
+        """Keep other deployments away while this connection lives; at its end the board runs a command by itself.
+
+        DeployError: another one is at work.
+        """
         with self.mapped():
             channel = self._connection.transport.open_session(timeout=_CONNECT_S)
             channel.settimeout(_QUESTION_S)
-            channel.exec_command(self._question("hold", {"root": root}))
+            channel.exec_command(self._question("hold", {"root": root, "at_end": list(at_end)}))
             line = channel.makefile("r").readline()
         told = json.loads(line) if line else {}
         if "busy" in told:

@@ -124,6 +124,16 @@ def remove_commands(scope: str, facts: Facts) -> list[list[str]]:
     ]
 
 
+def start_command(scope: str, facts: Facts) -> list[str]:
+    """Starts the service if it does not run."""
+    return [*_systemctl(scope, facts), "start", NAME]
+
+
+def stop_command(scope: str, facts: Facts) -> list[str]:
+    """Stops the service until it is started."""
+    return [*_systemctl(scope, facts), "stop", NAME]
+
+
 def active_command(scope: str, facts: Facts) -> list[str]:
     """Says active or not."""
     return [*_systemctl(scope, facts), "is-active", NAME]

@@ -36,6 +36,11 @@ class State:
     previous: str | None = None
     service: str = ""  # what is not as it should be; empty: all is
 
+    @property
+    def scope(self) -> str:
+        """Whose service the release in use has."""
+        return str(self.releases.get(self.current or "", {}).get("scope", "none"))
+
     @classmethod
     def of(cls, told: Mapping[str, Any], service: str = "") -> State:
         """From the agent's answer."""
@@ -84,12 +89,11 @@ def actions(state: State, wanted: Wanted) -> list[Action]:
     if state.current != wanted.release:
         before = f" instead of {state.current}" if state.current else ""
         found.append(Action("switch", f"put release {wanted.release} in use{before}"))
-    scope = state.releases.get(state.current or "", {}).get("scope", "none")
     if wanted.scope != "none" and (state.service or state.current != wanted.release):
         reason = state.service or "it is another release's"
         found.append(Action("service", f"install the {wanted.scope} service ({reason})"))
-    elif scope != wanted.scope:
-        found.append(Action("service", f"remove the {scope} service of {state.current}"))
+    elif state.scope != wanted.scope:
+        found.append(Action("service", f"remove the {state.scope} service of {state.current}"))
     if stale := superfluous(state, wanted.release, wanted):
         found.append(Action("prune", f"remove {', '.join(stale)}"))
     return found

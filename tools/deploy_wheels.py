@@ -102,13 +102,17 @@ def read_wheel(path: Path) -> Wheel:
         with zipfile.ZipFile(path) as archive:
             metadata = next(n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n))
             text = archive.read(metadata).decode("utf-8", "replace")
-            record = archive.read(metadata.removesuffix("METADATA") + "RECORD")
-            unpacked = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
     except (InvalidWheelFilename, zipfile.BadZipFile, StopIteration, KeyError, OSError) as problem:
         raise DeployError(f"{path} is no wheel ({problem or 'it has no METADATA'}); give a .whl file") from problem
     requires = email.parser.Parser().parsestr(text, headersonly=True).get_all("Requires-Dist", [])
-    lines = [line for line in record.splitlines() if b".dist-info/WHEEL," not in line]  # it names who packed it
-    digest = hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
+    told = [  # WHEEL and RECORD name who packed it
+        f"{entry.filename} {entry.file_size} {entry.CRC}"
+        for entry in entries
+        if not entry.filename.endswith((".dist-info/WHEEL", ".dist-info/RECORD"))
+    ]
+    digest = hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()
+    unpacked = sum(entry.file_size for entry in entries)
     return Wheel(path, canonicalize_name(name), str(version), tuple(requires), digest, unpacked)
 
 
