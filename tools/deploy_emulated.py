@@ -285,8 +285,8 @@ SCENES = (
 
 
 def everything(debian: Path) -> Iterator[tuple[str, int, int]]:
-    """What lies in the board's folders that a deployment writes to, by name, time and size."""
-    for folder in ("root", "etc/systemd"):
+    """What lies in the folders that a deployment writes to; edgert's own cache marks when it was last used."""
+    for folder in (ROOT, "etc/systemd"):
         for path in (debian / folder).rglob("*"):
             about = path.lstat()
             yield str(path), about.st_mtime_ns, about.st_size
