@@ -27,11 +27,18 @@ def card_bytes(gpu_memory: str | int | None, device: Selection) -> int | None:
         return _free() if has_card else None
     if not has_card:
         raise OptionError(f"gpu_memory={gpu_memory!r}: {device.name} has no memory of its own; leave it away")
-    return parse_size(gpu_memory)
+    if isinstance(gpu_memory, float) or "%" in str(gpu_memory):
+        raise OptionError(
+            f"gpu_memory={gpu_memory!r}: a share would be of the machine's memory; write for example 6GiB"
+        )
+    try:
+        return parse_size(gpu_memory)
+    except OptionError as error:
+        raise OptionError(f"gpu_{error}") from error
 
 
 def _free() -> int | None:
-    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+    with contextlib.suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
         found = subprocess.run(_QUERY, capture_output=True, text=True, timeout=10, check=True).stdout
         return int(_USED_SHARE * (int(found.split()[0]) << 20))
     return None

@@ -74,6 +74,11 @@ def test_as_many_experts_as_fit_lie_on_the_card(card: None, tmp_path: Path) -> N
 def test_a_size_is_for_devices_that_have_a_card(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"gpu_memory='1GiB': cpu has no memory of its own"):
         edgert.load(device="cpu", gpu_memory="1GiB", context=64)
+    for share in ("50%", 0.5):  # of what?
+        with pytest.raises(OptionError, match=r"gpu_memory=.* a share would be of the machine's memory"):
+            card_bytes(share, parse("cuda"))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="gpu_memory='much' is not a size"):
+        card_bytes("much", parse("cuda"))
     assert card_bytes("1GiB", parse("attention=cuda,experts=cpu")) == 1 << 30
     assert parse("cuda").on_card("experts") and not parse("attention=cuda,experts=cpu").on_card("experts")
 
