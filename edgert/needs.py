@@ -101,7 +101,6 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
             chunk: onnx_memory.work_bytes(config, n_context, chunk, kv_type) + (work if device.compiled else 0)
             for chunk, work in own.items()
         },
-        compiling=found.compiling and device.compiled,
     )
 
 
