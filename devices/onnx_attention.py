@@ -68,6 +68,7 @@ class OnnxAttention:
         self.settings: Sequence[Settings] = (settings,)
         self._ranges, self._n_spare = ranges, chunk if settings.static else 0
         self._weights: list[LayerWeights] = []  # to know what graphs have
+        self._head: Call | None = None
         self._calls: list[dict[int, Call]] = []  # by the rows that they take, 0 for any number
         self._routers: list[tuple[Floats, Floats] | None] = []  # norm and matrix, to look ahead on the host
         n_rows = n_context + self._n_spare
@@ -212,6 +213,7 @@ class OnnxAttention:
         inputs = {"x": self._stream.rows(first_row, n)}
         inputs |= {name: view.rows(first_row, n) for name, view in self._added.items()}
         logits = self._logits.rows(0, n)
+        assert self._head is not None
         self._head(inputs, {"logits": logits})
         return logits.read()
 
@@ -220,4 +222,4 @@ class OnnxAttention:
         self._calls.clear()
         self._weights.clear()
         self._routers.clear()
-        del self._head
+        self._head = None

@@ -9,7 +9,7 @@ from edgert.device_speed import all_speeds
 from edgert.devices.onnx_runtime import available
 from edgert.errors import DeviceError
 from edgert.findings import Finding
-from edgert.verifying import verdicts
+from edgert.verifying import Verdict, is_present, verdicts
 
 
 def device_findings() -> Iterator[Finding]:
@@ -21,7 +21,7 @@ def device_findings() -> Iterator[Finding]:
             "devices", "ONNX Runtime", "not installed", "for devices beside the CPU: pip install edgert[onnx]"
         )
         return
-    known = list(verdicts())
+    known = _newest()
     for provider in providers:
         name = f"onnx:{provider.name}"
         own = [verdict for verdict in known if name in verdict.device]
@@ -32,7 +32,19 @@ def device_findings() -> Iterator[Finding]:
             model = verdict.model.partition(" ModelConfig(")[0]
             what = f"{verdict.device} with {model}, {verdict.precision}, {verdict.runtime}, {verdict.date}"
             value = "refused" if verdict.problems else "verified"
+            if not is_present(verdict):
+                reason = f"{value} before it or its driver changed ({what}); held against the CPU anew on its next use"
+                yield Finding("devices", name, "unverified", reason)
+                continue
             remedy = "use another --device, or another version of ONNX Runtime" if verdict.problems else ""
             yield Finding("devices", name, value, f"{what}: {verdict.line}", remedy)
     for speeds in all_speeds():
         yield Finding("devices", "auto", speeds.fastest, f"for {Path(speeds.path).name}; {speeds.reason}")
+
+
+def _newest() -> list[Verdict]:
+    """The newest verdict on each device with each model: edgert's own code, or a package, was another before."""
+    found: dict[tuple[str, str, str], Verdict] = {}
+    for verdict in verdicts():
+        found.setdefault((verdict.device, verdict.model, verdict.precision), verdict)
+    return list(found.values())

@@ -122,7 +122,7 @@ def load_parts(
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
     path = resolve(path_or_name)
-    selected = selection.parse(_fastest(path) if device == "auto" else device)
+    selected = selection.parse(_fastest(path, kv_type, power) if device == "auto" else device)
     selected.check(activations)
     card = card_bytes(gpu_memory, selected)
     streaming.check_options(policy, prefetch)
@@ -133,6 +133,10 @@ def load_parts(
     with ExitStack() as held, _memory_errors(path):
         options = (context, kv_type, threads, activations, selected, card)
         file, weights, needed = _open(path, options, held, budget)
+        if device == "auto" and selected.onnx and not _all_fits(needed, budget, share):
+            selected = selection.parse("auto")  # it was measured with all experts in RAM
+            options = (context, kv_type, threads, activations, selected, card)
+            needed = needs(weights, needed.context, kv_type, threads, activations, selected)
         plan = plan_memory(needed, budget, residency=share)
         if plan.slots and not isinstance(file, Bundle):  # experts are read from a bundle only
             from edgert.cache import cached_bundle
@@ -198,16 +202,26 @@ def load_parts(
         )
 
 
-def _fastest(path: Path) -> str:
-    """The device that answered this model fastest, where that was measured and it is still trusted; else "auto"."""
+def _fastest(path: Path, kv_type: str, power: str) -> str:
+    """The device that answered this model fastest, where that was measured, it is there, still trusted, and has such a
+    cache; else "auto", as where threads are to be taken from the CPU."""
     from edgert.device_speed import OWN, speeds_of
 
     speeds = speeds_of(path)
-    if speeds is None or speeds.fastest == OWN:
+    if speeds is None or speeds.fastest == OWN or power != MODES[0]:
         return "auto"
+    from edgert.devices.onnx_attention import CACHED
     from edgert.verifying import is_trusted
 
-    return speeds.fastest if is_trusted(speeds.fastest) else "auto"
+    return speeds.fastest if kv_type in CACHED and is_trusted(speeds.fastest) else "auto"
+
+
+def _all_fits(needed: Needs, budget: Budget, share: float | None) -> bool:
+    """Whether all experts are in RAM within a budget."""
+    try:
+        return not plan_memory(needed, budget, residency=share).slots
+    except MemoryLimitError:
+        return False
 
 
 def _hot(n_hot: int, weights: Weights) -> npt.NDArray[np.bool_]:

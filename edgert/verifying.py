@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgert.devices.onnx_runtime import Settings
+from edgert.devices.onnx_runtime import Settings, runtime
 from edgert.devices.selection import Selection
 from edgert.devices.split import SplitDevice
 from edgert.devices.verification import Findings, Source, Step, compare
@@ -81,16 +81,21 @@ def verdicts() -> Iterator[Verdict]:
         for path in folder().glob("*.json"):
             verdict = _read(path)
             if verdict is not None:
-                found.append(verdict)
-    yield from sorted(found, key=lambda verdict: verdict.date, reverse=True)
+                found.append((path.stat().st_mtime_ns, verdict))
+    yield from (verdict for _, verdict in sorted(found, key=lambda one: one[0], reverse=True))
 
 
 def is_trusted(device: str) -> bool:
     """Whether a device was verified with what is installed now, on some model, and not refused since."""
-    for verdict in verdicts():
-        if (verdict.device, verdict.runtime, verdict.driver) == (device, runtime_version(), _driver()):
-            return not verdict.problems
+    with contextlib.suppress(DeviceError):  # nothing is installed, or no longer
+        runtime()
+        return next((not one.problems for one in verdicts() if one.device == device and is_present(one)), False)
     return False
+
+
+def is_present(verdict: Verdict) -> bool:
+    """Whether a verdict is about what is installed now. DeviceError where nothing is."""
+    return (verdict.runtime, verdict.driver) == (runtime_version(), _driver())
 
 
 def _read(path: Path) -> Verdict | None:
@@ -106,8 +111,6 @@ def runtime_version() -> str:
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{name} {importlib.metadata.version(name)}"
-    from edgert.devices.onnx_runtime import runtime
-
     return f"onnxruntime {runtime().__version__}"  # built by hand
 
 

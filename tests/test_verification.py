@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,8 +184,8 @@ def test_damaged_verdicts_count_as_none(kept: Path, model: Path) -> None:
 
 
 # ---- which device is taken -------------------------------------------------------------------------------------------
-def device_of(model: Path) -> str:
-    with edgert.load(model, context=64) as opened, opened.held() as parts:
+def device_of(model: Path, **options: Any) -> str:
+    with edgert.load(model, context=64, **options) as opened, opened.held() as parts:
         return parts.engine.device.name
 
 
@@ -201,6 +203,57 @@ def test_auto_takes_what_was_measured_to_be_faster_while_it_is_trusted(model: Pa
     assert auto.value == "onnx:cpu" and "onnx:cpu 50 tok/s, cpu 30 tok/s" in auto.reason
     record_speed(model, "cpu", 60.0)
     assert device_of(model) == "cpu"
+
+
+@pytest.fixture
+def faster(model: Path, kept: Path) -> None:
+    """Another device is trusted, and was measured to be faster."""
+    load(model, "onnx:cpu")
+    record_speed(model, "cpu", 30.0)
+    record_speed(model, "onnx:cpu", 50.0)
+
+
+def test_auto_takes_the_cpu_where_the_other_is_no_longer_there(
+    model: Path, faster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device_of(model) == "onnx:cpu"
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert device_of(model) == "cpu"
+
+
+def test_auto_takes_the_cpu_where_the_other_cannot_do_what_is_asked(model: Path, faster: None) -> None:
+    assert device_of(model, kv_type="f32") == "onnx:cpu"
+    assert device_of(model, kv_type="int8") == "cpu"
+    assert device_of(model, residency=0.5) == "cpu"  # its speed was another's
+
+
+def test_the_last_verdict_of_a_day_counts(model: Path, faster: None, kept: Path) -> None:
+    (path,) = kept.glob("*.json")
+    document = json.loads(path.read_text())
+    (kept / "0.json").write_text(json.dumps(document | {"problems": ["experts is off by 30 %"]}))
+    os.utime(kept / "0.json", ns=(0, path.stat().st_mtime_ns + 1))
+    assert device_of(model) == "cpu"
+    os.utime(kept / "0.json", ns=(0, path.stat().st_mtime_ns - 1))
+    assert device_of(model) == "onnx:cpu"
+    devices = [finding for finding in doctor.findings() if finding.name == "onnx:cpu"]
+    assert [finding.value for finding in devices] == ["verified"]  # the older one is passed over
+
+
+def test_a_verdict_on_what_is_installed_no_longer_is_no_trust(model: Path, faster: None, kept: Path) -> None:
+    (path,) = kept.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"runtime": "onnxruntime 1.17"}))
+    (finding,) = (finding for finding in doctor.findings() if finding.name == "onnx:cpu")
+    assert finding.value == "unverified" and "verified before it or its driver changed" in finding.reason
+    assert device_of(model) == "cpu"
+
+
+def test_a_graph_that_is_not_taken_is_told_as_that(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*options: Any) -> None:
+        raise DeviceError("onnx:cpu does not take a graph of this model")
+
+    monkeypatch.setattr(onnx_attention, "session", refused)
+    with pytest.raises(DeviceError, match="does not take a graph"):
+        load(model, "onnx:cpu")
 
 
 def test_doctor_says_what_was_refused_and_what_nobody_has_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

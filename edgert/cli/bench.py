@@ -109,9 +109,11 @@ def bench(
 
 
 def _note_speed(model: Model, report: Report) -> None:
-    """Keep how fast the device answers, for `--device auto`."""
+    """Keep how fast the device answers with all experts in RAM, for `--device auto`."""
     from edgert.device_speed import record_speed
 
+    if model.memory.slots:
+        return
     with model.held() as parts:
         device = parts.engine.device.name
     for result in report.results:
