@@ -27,6 +27,7 @@ from edgert.devices.attention_blocks import (
     lanes_bytes,
     part_bytes,
     rows_in_registers,
+    span_start,
 )
 from edgert.devices.attention_heads import POSITION, VECTOR_NORM, copy_row, norm_factor, prepare_head
 from edgert.devices.attention_products import BLOCK, wide_floats
@@ -38,9 +39,11 @@ from edgert.quant.simd import load_f32, load_float, store_f32, store_float
 from edgert.types import ModelConfig
 
 # One layer. Norms are addresses of float32 weights, readable up to a multiple of 16 floats. qk_norm: NO_NORM, HEAD_NORM
-# or VECTOR_NORM of attention_heads. window: position p attends to p - window + 1 ... p; 0: to all up to p.
+# or VECTOR_NORM of attention_heads. norm_late: a HEAD_NORM comes after the rotation. window: position p attends
+# to p - window + 1 ... p; 0: to all up to p. span: to those of its stretch of so many positions; 0: all. sinks: address
+# of a float for each head, or 0.
 ATTENTION = record(
-    "n_heads n_kv_heads d_head d_value n_rotated neox qk_norm query_norm key_norm window",
+    "n_heads n_kv_heads d_head d_value n_rotated neox qk_norm norm_late query_norm key_norm window span sinks",
     floats="eps attention_scale",
 )
 # One layer's keys and values (see kv_cache): bytes from head to head and block to block, offsets in a block, and the
@@ -48,9 +51,11 @@ ATTENTION = record(
 CACHE = record("address head_bytes block_bytes values key_scales value_scales attend_blocks write")
 # Work space: bytes from thread to thread, and offsets in a thread's share; `factors` is an offset from the address.
 SCRATCH = record("address stride queries ranges scores state block wide key value spare work own_factors parts factors")
-# One call. Rows are float32, strides in floats; angles: (cos, sin) pairs from position `start` on; others: records.
+# One call. Rows are float32, strides in floats; angles: (cos, sin) pairs from position `start` on; query_factors: a
+# float for each position from there on, or 0; others: records.
 ATTEND_JOB = record(
-    "query query_stride key key_stride value value_stride out out_stride angles n_tokens start scratch attention cache"
+    "query query_stride key key_stride value value_stride out out_stride angles query_factors n_tokens start scratch"
+    " attention cache"
 )
 
 # Blocks' worth of waiting threads from which one token's work is split by blocks. An estimate: on two idle cores the
@@ -126,7 +131,8 @@ class _Job:
     def lowest_block(self, position: Value) -> Value:
         """The first block that a position attends to."""
         code, window = self.code, self.layer.window
-        return code.choose(window > 0, code.larger(0, position + 1 - window), 0) // BLOCK
+        first = code.choose(window > 0, code.larger(0, position + 1 - window), 0)
+        return code.larger(first, span_start(code, self.layer.span, position)) // BLOCK
 
     def share(self, n: Value, thread: Value) -> Value:
         """Where a thread's even share of n begins."""
@@ -151,6 +157,7 @@ class _Job:
             source=row + offset,
             n=a.d_head,
             norm=a.qk_norm,
+            norm_late=a.norm_late,
             weight=weight + code.choose(a.qk_norm.equals(VECTOR_NORM), offset, 0),
             factor=factor,
             eps=self.eps,
@@ -185,6 +192,10 @@ class _Job:
             head = kv_head * self.group + (first_row + i) % self.group
             to = self.own + self.scratch.queries + i * _query_bytes(a.d_head)
             self.prepare(j.query + t * j.query_stride * 4, head, a.query_norm, self.factors + t * 8, t, to)
+            with code.when(j.query_factors.differs(0)):
+                factor = code.splat(code.do(load_float, j.query_factors + t * 4))
+                with code.loop(0, _query_bytes(a.d_head), 64) as k:
+                    code.do(store_f32, to + k, code.do(load_f32, to + k) * factor)
 
     def attend(
         self, kv_head: Value, first_row: Value, n_rows: Value, first_block: Value, end_block: Value, parts: Value
@@ -194,6 +205,7 @@ class _Job:
         w = code.record(self.own + s.work, ROWS)
         w.queries, w.query_stride = self.own + s.queries, _query_bytes(a.d_head)
         w.d_head, w.width, w.n_rows, w.group, w.window = a.d_head, self.width, n_rows, self.group, a.window
+        w.span = a.span
         w.position, w.in_group = self.job.start + first_row // self.group, first_row % self.group
         w.first_block, w.end_block = first_block, end_block
         w.head, w.block_bytes = cache.address + kv_head * cache.head_bytes, cache.block_bytes
@@ -204,9 +216,19 @@ class _Job:
         with code.either(parts.equals(0)) as (then, otherwise):
             with then:
                 clear(code, w.state, n_rows, self.width)
+                self.add_sinks(kv_head, first_row, n_rows)
             with otherwise:
                 w.part = parts
         code.call_address(cache.attend_blocks, w.location)
+
+    def add_sinks(self, kv_head: Value, first_row: Value, n_rows: Value) -> None:
+        """Let the state begin with the heads' sinks: scores that have a weight, but no value."""
+        code, sinks = self.code, self.layer.sinks
+        state, lanes = self.own + self.scratch.state, lanes_bytes(n_rows)
+        with code.when(sinks.differs(0)), code.loop(0, n_rows) as row:
+            head = kv_head * self.group + (first_row + row) % self.group
+            code.do(store_float, state + row * 4, code.do(load_float, sinks + head * 4))
+            code.do(store_float, state + lanes + row * 4, 1.0)
 
     def finish(self, kv_head: Value, first_row: Value, n_rows: Value) -> None:
         """Divide the state's outputs by the sums of weights, and write them to their rows."""

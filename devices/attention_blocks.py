@@ -47,7 +47,7 @@ RANGE = record("first last")
 # cache, other fields as in CACHE. ranges, scores, wide: work space, RANGE (n_rows,), floats (n_rows, 64) and
 # wide_floats. part and state: see part_bytes. All with room for rows_in_registers(n_rows).
 ROWS = record(
-    "queries query_stride d_head width n_rows position in_group group window first_block end_block"
+    "queries query_stride d_head width n_rows position in_group group window span first_block end_block"
     " head block_bytes key_scales values value_scales ranges scores wide part state keep_apart",
     floats="scale",
 )
@@ -155,12 +155,22 @@ def add_part(code: Code, total: Value, block: Value, n_rows: Value, width: Value
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
+def span_start(code: Code, span: Value, position: Value) -> Value:
+    """Where the stretch of `span` positions begins that a position is in; 0 where there are no stretches."""
+    start = code.variable(0)
+    with code.when(span > 0):
+        start.value = position // span * span
+    return start.value
+
+
 def _set_ranges(code: Code, rows: Record, block: Value) -> None:
     """Which positions of a block each row attends to."""
     end, in_group = code.variable(rows.position + 1 - block * BLOCK), code.variable(rows.in_group)
     with code.loop(0, rows.n_rows) as row:
         here = code.record(rows.ranges + row * RANGE.itemsize, RANGE)
-        here.first = code.choose(rows.window > 0, code.larger(0, end.value - rows.window), 0)
+        first = code.choose(rows.window > 0, code.larger(0, end.value - rows.window), 0)
+        begin = span_start(code, rows.span, end.value - 1 + block * BLOCK) - block * BLOCK
+        here.first = code.larger(first, begin)
         here.last = code.smaller(BLOCK, end.value)
         next_token = (in_group.value + 1).equals(rows.group)
         end.value += code.choose(next_token, 1, 0)

@@ -123,23 +123,29 @@ def _rotate(code: Code, head: Value, angles: Value, n: Value, neox: Value) -> No
             code.do(store_float, place, number)
 
 
-_HEAD = ("source", "n", "norm", "weight", "factor", "eps", "to", "angles", "n_rotated", "neox")
+_HEAD = ("source", "n", "norm", "norm_late", "weight", "factor", "eps", "to", "angles", "n_rotated", "neox")
 
 
 def prepare_head(code: Code, **arguments: Value) -> None:
     """One head of n floats at source, normed and rotated, to a buffer of n rounded up to a multiple of 32.
 
-    norm, weight: which, and of this head. factor: address of what norm_factor says of the whole vector. eps: address.
+    norm, weight: which, and of this head; norm_late: whether a HEAD_NORM comes after the rotation. factor: address of
+    what norm_factor says of the whole vector. eps: address.
     """
 
     def emit(code: Code, *values: Value) -> None:
-        source, n, norm, weight, factor, eps, to, angles, n_rotated, neox = values
+        source, n, norm, norm_late, weight, factor, eps, to, angles, n_rotated, neox = values
+
+        def norm_head(late: int) -> None:
+            with code.when(norm.equals(HEAD_NORM) & norm_late.equals(late)):
+                _scale(code, to, norm_factor(code, to, n, code.do(load_float, eps)), weight, n)
+
         copy_row(code, source, n, (n + 31) // 32 * 32, to)
-        with code.when(norm.equals(HEAD_NORM)):
-            _scale(code, to, norm_factor(code, to, n, code.do(load_float, eps)), weight, n)
+        norm_head(0)
         with code.when(norm.equals(VECTOR_NORM)):
             _scale(code, to, code.do(load_float, factor), weight, n)
         _rotate(code, to, angles, n_rotated, neox)
+        norm_head(1)
 
     code.function("edgert_prepare_head", len(_HEAD), emit, inline=False)(*(arguments[name] for name in _HEAD))
 

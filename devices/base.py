@@ -32,6 +32,14 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """An RMS norm: x / sqrt(mean(x**2) + eps) * weight + bias."""
+
+    weight: Floats
+    bias: Floats | None = None
+
+
+@dataclass(frozen=True)
 class ExpertWeights:
     """One feed-forward network: down(silu(gate x) * (up x)). gate, up: (d_ff, d_model); down: (d_model, d_ff)."""
 
@@ -41,21 +49,81 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """Hot weights of one layer."""
+class ExpertBiases:
+    """What a layer's experts add: gate, up (n_expert, d_ff), down (n_expert, d_model). They stay in RAM."""
 
-    attention_norm: Floats  # (d_model,)
+    gate: Floats
+    up: Floats
+    down: Floats
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Attention. gate: what heads give is multiplied with its sigmoid. sinks (n_heads,): a score without a value."""
+
     query: Linear  # (n_heads d_head, d_model)
     key: Linear  # (n_kv_heads d_head, d_model)
     value: Linear  # (n_kv_heads d_value, d_model)
     output: Linear  # (d_model, n_heads d_value)
-    feed_forward_norm: Floats  # (d_model,)
     query_norm: Floats | None = None
     key_norm: Floats | None = None
-    router: MatrixSource | None = None  # (n_expert, d_model)
+    gate: Linear | None = None  # (n_heads d_value, d_model)
+    sinks: Floats | None = None
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """Latent attention, absorbed: see types.LatentConfig, whose sizes these are."""
+
+    query: Linear  # (n_heads (d_plain + n_rotated), query_rank or d_model), of each head the plain part first
+    latent: Linear  # (d_value + n_rotated, d_model)
+    latent_norm: Floats  # (d_value,)
+    key_up: MatrixSource  # (n_heads d_value, d_plain)
+    value_up: MatrixSource  # (n_heads d_output, d_value)
+    output: Linear  # (d_model, n_heads d_output)
+    query_down: Linear | None = None  # (query_rank, d_model)
+    query_norm: Floats | None = None  # (query_rank,)
+
+
+@dataclass(frozen=True)
+class ConvolutionWeights:
+    """A short convolution. Of input's rows, thirds are b, c and y: output(c * convolution of b * y)."""
+
+    input: Linear  # (3 d_model, d_model)
+    taps: Floats  # (n_taps, d_model), the last that of the present token
+    output: Linear  # (d_model, d_model)
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """A gated delta net: see types.DeltaConfig, whose sizes these are."""
+
+    input: Linear  # (d_channels, d_model): queries, keys, values
+    gate: Linear  # (d_values, d_model)
+    beta: Linear  # (n_value_heads, d_model)
+    alpha: Linear  # (n_value_heads, d_model)
+    taps: Floats  # (n_taps, d_channels), the last that of the present token
+    decay: Floats  # (n_value_heads,), not above 0
+    step_bias: Floats  # (n_value_heads,)
+    norm: Floats  # (d_state,)
+    output: Linear  # (d_model, d_values)
+
+
+Mixer = AttentionWeights | LatentWeights | ConvolutionWeights | DeltaWeights
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Hot weights of one layer."""
+
+    mixer_norm: Norm  # (d_model,)
+    mixer: Mixer
+    feed_forward_norm: Norm  # (d_model,)
+    router: Linear | None = None  # (n_expert, d_model)
+    choice_bias: Floats | None = None  # (n_expert,), added to the scores for the choice alone
     shared: ExpertWeights | None = None  # the shared expert, or a dense layer's network
     shared_gate: MatrixSource | None = None  # (1, d_model)
-    window: int = 0  # positions that a token attends to, its own the last; 0: all
+    expert_biases: ExpertBiases | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +149,23 @@ class ExpertGroup:
 
 
 class Cache(Protocol):
-    """Keys and values of one sequence, for all layers."""
+    """What is kept of one sequence, for all layers: keys and values, and states that pass from token to token."""
 
     n_context: int
     n_bytes: int
+    has_states: bool  # whether there are any of the latter
+
+    def begin(self, start: int) -> None:
+        """A step begins at position `start`: 0, where the last one ended, or what `rewind` returned."""
+
+    def end(self, position: int) -> None:
+        """The step is done; the next one begins at `position`."""
+
+    def keep(self) -> None:
+        """Make this a position that `rewind` can come back to."""
+
+    def rewind(self, n: int) -> int:
+        """Go back to the position n, or one before it that can be come back to; which one."""
 
 
 class Device(Protocol):
@@ -97,13 +178,18 @@ class Device(Protocol):
     chunk: int  # most tokens of a step
     n_used: int  # experts that the step has used so far, each counted once a layer
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
-        """What a model with matrices of these formats needs compiled: kernels, and how many integers each takes."""
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
+        """What a model with matrices of these formats needs compiled: kernels, and how many integers each takes.
+
+        config: of the model; without one, what most models need.
+        """
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Take the hot weights of the next layer."""
 
-    def set_head(self, norm: Floats, output: Linear) -> None:
+    def set_head(self, norm: Norm, output: Linear) -> None:
         """Take the final norm (d_model,) and the output head (n_vocab, d_model)."""
 
     def new_table(self, n_expert: int) -> Table:
@@ -145,10 +231,16 @@ class Device(Protocol):
         """The routes of the layer that run_layers stopped at."""
 
     def chosen(self, layer: int) -> tuple[Ids, Floats]:
-        """Ids and weights, (n_tokens, top_k), of any layer that this step has run through; valid until the next."""
+        """Ids and weights, (n_tokens, top_k), of any layer that this step has run through; valid until the next.
+
+        Zeros where a layer has no experts.
+        """
 
     def ahead(self, layer: int) -> list[Floats]:
-        """Scores (n_expert,) that the routers of layers layer + 1, layer + 2, ... gave in `layer`; maybe none."""
+        """Scores (n_expert,) that the routers of layers layer + 1, layer + 2, ... gave in `layer`; maybe none.
+
+        They end before the first of these layers that has no experts.
+        """
 
     def inputs(self, layer: int) -> Floats:
         """What the experts of the layer that was stopped at are given, (n_tokens, d_model); valid until combine."""
@@ -183,7 +275,6 @@ def rope_angles(config: ModelConfig, n_context: int, divisors: Floats | None) ->
     frequency = rope.base ** (-2.0 * pairs / max(rope.n_rotated, 1))
     if divisors is not None:
         frequency = frequency / divisors.astype(np.float64)
-    magnitude = rope.magnitude
     if rope.scaling == "linear":
         frequency = frequency / rope.factor
     elif rope.scaling == "yarn":
@@ -195,6 +286,12 @@ def rope_angles(config: ModelConfig, n_context: int, divisors: Floats | None) ->
         low, high = max(0.0, np.floor(turning(32.0))), min(rope.n_rotated - 1.0, np.ceil(turning(1.0)))
         ramp = 1.0 - np.clip((pairs - low) / max(0.001, high - low), 0.0, 1.0)
         frequency = frequency / rope.factor * (1.0 - ramp) + frequency * ramp
-        magnitude *= 1.0 + 0.1 * np.log(rope.factor)
     angles = np.arange(n_context, dtype=np.float64)[:, None] * frequency[None, :]
-    return np.stack((np.cos(angles) * magnitude, np.sin(angles) * magnitude), axis=2).astype(np.float32)
+    return np.stack((np.cos(angles) * rope.magnitude, np.sin(angles) * rope.magnitude), axis=2).astype(np.float32)
+
+
+def query_factors(config: ModelConfig, start: int, n: int) -> Floats:
+    """What queries at positions start, start + 1, ... are multiplied with where they are tempered, float32 (n,)."""
+    growth, span = config.temperature
+    steps = np.arange(start + 1, start + n + 1, dtype=np.float64) // span
+    return (1.0 + growth * np.log(steps + 1.0)).astype(np.float32)

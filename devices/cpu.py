@@ -12,25 +12,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgert.devices import attention, feed_forward, layers
-from edgert.devices.attention import ATTEND_JOB, ATTENTION
+from edgert.devices import feed_forward, layers
+from edgert.devices.attention import attend
 from edgert.devices.attention_blocks import ATTEND_BLOCKS
-from edgert.devices.attention_heads import HEAD_NORM, NO_NORM, VECTOR_NORM, WRITE
+from edgert.devices.attention_heads import WRITE
 from edgert.devices.base import (
     AHEAD,
     CHUNK,
+    ExpertBiases,
     ExpertGroup,
     ExpertWeights,
     LayerWeights,
     Linear,
+    Norm,
     Routed,
     Table,
     rope_angles,
 )
 from edgert.devices.buffers import Arena, Rows, aligned, round_up
+from edgert.devices.cpu_mixers import Mixers, functions
 from edgert.devices.feed_forward import GROUP
 from edgert.devices.kv_cache import KvCache
 from edgert.devices.layers import LAYER, ROUTING, STEP
+from edgert.devices.routing import router_record
 from edgert.devices.threads import ThreadPool
 from edgert.devices.work_space import HEAD_ROWS, float_buffers, input_buffers, scratch_bytes
 from edgert.errors import OptionError
@@ -41,23 +45,16 @@ from edgert.quant.records import address_of
 from edgert.quant.reference import ACTIVATIONS
 from edgert.types import Floats, Ids, ModelConfig, Routes
 
-_QK_NORM = {"none": NO_NORM, "head": HEAD_NORM, "vector": VECTOR_NORM}
 # What a chat needs compiled beside kernels: by field of STEP, with the number of integers each takes; and jobs. The
 # other jobs are compiled when they are called.
 _PARTS = {
-    "attend": (attention.attend, 4),
-    "attention_half": (layers.attention_half, 5),
+    "mixer_half": (layers.mixer_half, 5),
     "multiply": (matmul.multiply, 9),
     "gate_and_up": (feed_forward.gate_and_up, 7),
     "down": (feed_forward.down, 8),
 }
 _JOBS = (layers.run_layers, layers.run_head)
 _STREAMED_JOBS = (layers.run_experts, layers.run_combine)  # where experts come from elsewhere
-
-
-def _addresses(records: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """The address of each record of an array."""
-    return records.ctypes.data + np.arange(len(records), dtype=np.int64) * records.itemsize
 
 
 class CpuDevice:
@@ -84,23 +81,24 @@ class CpuDevice:
         self._kept: list[Any] = []  # what addresses in the records point to
         self._rows: dict[str, Rows] = {}
         self._layers: list[npt.NDArray[Any]] = []
-        self._attention: list[npt.NDArray[Any]] = []
         self._float_hidden = not self._quantised  # whether any down projection takes float rows
-        self._angles = rope_angles(config, n_context, rope_divisors)
+        self._mixers = Mixers(config, self, rope_angles(config, n_context, rope_divisors), n_context)
         self._step = np.zeros(1, STEP)
-        self._cache: KvCache | None = None
         # By the parts' id: those, kept so that it stays theirs, and MATRIX (3,) of a record at address 0
         self._templates: dict[int, tuple[tuple[PackedPart, ...], npt.NDArray[Any]]] = {}
         self._tables: Sequence[Table | None] = ()
 
     @staticmethod
-    def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(
+        formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
         """What a model with matrices of these formats needs compiled, with the number of integers that each takes."""
         quantised = activations == "int8"
         tiles = {kernel: 8 for format in formats for kernel in matmul.compiled_kernels(format, quantised)}
         cache = ATTEND_BLOCKS[kv_type], WRITE[kv_type]
         return [
             *tiles.items(),
+            *((mixer, 4) for mixer in (functions(config).values() if config else [attend])),
             *_PARTS.values(),
             *((job, 4) for job in (*_JOBS, *_STREAMED_JOBS)),
             *((kernel, 1) for kernel in cache),
@@ -109,36 +107,34 @@ class CpuDevice:
     # ---- loading -----------------------------------------------------------------------------------------------------
     def add_layer(self, weights: LayerWeights) -> None:
         """Take the hot weights of the next layer."""
-        c = self.config
-        linears = [weights.query, weights.key, weights.value, weights.output]
-        shapes = [
-            (c.n_heads * c.d_head, c.d_model),
-            (c.n_kv_heads * c.d_head, c.d_model),
-            (c.n_kv_heads * c.d_value, c.d_model),
-            (c.d_model, c.n_heads * c.d_value),
-        ]
-        for linear, shape in zip(linears, shapes, strict=True):
-            assert linear.matrix.shape == shape, (linear.matrix.shape, shape)
-        layer = np.zeros(1, LAYER)
-        for name, linear in zip(("query", "key", "value", "output"), linears, strict=True):
-            layer[name] = self._linear(linear)
-        for name in ("router", "shared_gate"):
-            matrix = getattr(weights, name)
-            layer[name] = 0 if matrix is None else self._linear(Linear(matrix))
+        layer, c = np.zeros(1, LAYER), self.config
+        self._mixers.add(weights.mixer)
+        if weights.router is not None:
+            assert c.router is not None and weights.router.matrix.shape == (c.router.n_expert, c.d_model)
+            layer["router"] = self.linear(weights.router)
+        if weights.shared_gate is not None:
+            layer["shared_gate"] = self.linear(Linear(weights.shared_gate))
         if weights.shared is not None:
-            layer["shared"] = self._keep(self.pack_expert(weights.shared))
-        layer["attention_norm"] = self._vector(weights.attention_norm)
-        layer["feed_forward_norm"] = self._vector(weights.feed_forward_norm)
+            layer["shared"] = self.keep(self.pack_expert(weights.shared))
+        for name, norm in (("mixer_norm", weights.mixer_norm), ("feed_forward_norm", weights.feed_forward_norm)):
+            layer[name], layer[f"{name}_bias"] = self.vector(norm.weight), self.vector(norm.bias)
+        layer["choice_bias"] = self.vector(weights.choice_bias)
+        if weights.expert_biases is not None:
+            self._add_biases(layer, weights.expert_biases)
         self._layers.append(layer)
-        norm = _QK_NORM[c.qk_norm]
-        sizes = (c.n_heads, c.n_kv_heads, c.d_head, c.d_value, c.rope.n_rotated, c.rope.kind == "neox", norm)
-        norms = self._vector(weights.query_norm), self._vector(weights.key_norm)
-        self._attention.append(np.array([(*sizes, *norms, weights.window, c.eps, c.attention_scale)], ATTENTION))
 
-    def set_head(self, norm: Floats, output: Linear) -> None:
+    def _add_biases(self, layer: npt.NDArray[Any], biases: ExpertBiases) -> None:
+        """Keep what experts add, in rows of a multiple of 16."""
+        for name in ("gate", "up", "down"):
+            rows = getattr(biases, name)
+            padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 16)))
+            layer[f"{name}_biases"] = self.vector(padded.reshape(-1))
+
+    def set_head(self, norm: Norm, output: Linear) -> None:
         """Take the final norm and the output head; the last of the weights, so the work space is made here."""
         assert output.matrix.shape == (self.config.n_vocab, self.config.d_model), output.matrix.shape
-        self._step["head_norm"], self._step["head"] = self._vector(norm), self._linear(output)
+        self._step["head_norm"], self._step["head_norm_bias"] = self.vector(norm.weight), self.vector(norm.bias)
+        self._step["head"] = self.linear(output)
         self._allocate()
 
     def new_table(self, n_expert: int) -> Table:
@@ -170,26 +166,31 @@ class CpuDevice:
         table[expert] = found[1]
         table["address"][expert] += record.__array_interface__["data"][0]
 
-    def _linear(self, linear: Linear) -> int:
+    def linear(self, linear: Linear) -> int:
         """Address of the MATRIX of a packed matrix."""
         buffer = self._arena.take(linear.matrix.format.matrix_bytes(*linear.matrix.shape))
         self._kept.append(buffer)
-        return self._keep(self._pack(linear.matrix, buffer, self._vector(linear.bias)))
+        return self.keep(self._pack(linear.matrix, buffer, self.vector(linear.bias)))
 
     def _pack(self, matrix: MatrixSource, buffer: npt.NDArray[np.uint8], bias: int = 0) -> npt.NDArray[Any]:
         """Pack into `buffer`; the MATRIX (1,) that describes it."""
         matrix.pack(buffer[: matrix.format.matrix_bytes(*matrix.shape)])
         return matmul.matrix_record(matrix, buffer.ctypes.data, quantised=self._quantised, bias=bias)
 
-    def _vector(self, values: Floats | None) -> int:
+    def vector(self, values: Floats | None) -> int:
         """Address of a copy of a float32 vector, zeros behind it; 0 for None."""
         if values is None:
             return 0
         copy = aligned(4 * round_up(len(values), 16)).view(np.float32)
         copy[: len(values)] = values
-        return self._keep(copy)
+        return self.keep(copy)
 
-    def _keep(self, array: npt.NDArray[Any]) -> int:
+    def takes_integers(self, format: Format) -> bool:
+        """Whether matrices of a format take rows as int8."""
+        return self._quantised and format.is_integer
+
+    def keep(self, array: npt.NDArray[Any]) -> int:
+        """The address of an array, which stays as long as the device."""
         self._kept.append(array)
         return int(array.ctypes.data)
 
@@ -199,67 +200,55 @@ class CpuDevice:
         top_k, n_expert = (c.router.top_k, c.router.n_expert) if c.router else (0, 0)
         for name, (n_rows, width) in float_buffers(c, n_threads, self.chunk).items():
             made = self._rows[name] = Rows(n_rows, width)
-            step[name], step[f"{name}_stride"] = made.address, made.stride
+            if name in STEP.names:  # type: ignore[operator]   # a record has names
+                step[name], step[f"{name}_stride"] = made.address, made.stride
         for name, (n_rows, width) in input_buffers(c, n_threads, self.chunk).items():
             floats = self._float_hidden or "hidden" not in name
             made = self._rows[name] = Rows(n_rows, width, quantised=self._quantised, floats=floats)
-            step[name] = made.record.ctypes.data
+            if name in STEP.names:  # type: ignore[operator]
+                step[name] = made.record.ctypes.data
         size = scratch_bytes(c)
-        step["scratch"], step["scratch_bytes"] = self._keep(aligned(n_threads * size)), size
-        step["layers"] = self._keep(np.concatenate(self._layers))
+        step["scratch"], step["scratch_bytes"] = self.keep(aligned(n_threads * size)), size
+        step["layers"] = self.keep(np.concatenate(self._layers))
         self._layer_records = self._kept[-1]
-        step["n_layers"], step["d_model"], step["attended_width"] = c.n_layers, c.d_model, c.n_heads * c.d_value
+        step["n_layers"], step["d_model"] = c.n_layers, c.d_model
         step["eps"], step["residual_scale"], step["logit_scale"] = c.eps, c.residual_scale, c.logit_scale
         step["activation"] = ACTIVATIONS.index(c.activation)
         if c.router:
-            step["n_expert"], step["top_k"], step["router_scale"] = n_expert, top_k, c.router.scale
-            step["softmax"], step["normalise"] = c.router.gating == "softmax", c.router.normalise
+            step["n_expert"], step["top_k"], step["on_inputs"] = n_expert, top_k, c.router.on_inputs
+            step["router"] = self.keep(router_record(c.router))
         self._all_experts = np.arange(n_expert, dtype=np.int64)
         step["all_experts"] = self._all_experts.ctypes.data
-        self._make_attend_jobs()
+        self._mixers.allocate(self._layer_records, step.ctypes.data, self._rows, n_threads, self.n_context, self.chunk)
         self._make_routings(top_k, n_expert)
         for name, (part, n_arguments) in _PARTS.items():
             step[name] = address_of(part, n_arguments)
         jobs = (*_JOBS, *_STREAMED_JOBS)
         self._run_layers, self._run_head, self._run_experts, self._run_combine = (address_of(job, 4) for job in jobs)
 
-    def _make_attend_jobs(self) -> None:
-        """The jobs of attention, one for each layer."""
-        c, step, n_threads = self.config, self._step, self.pool.n_threads
-        scratch = attention.new_scratch(c, n_threads, self.n_context, self.chunk)
-        size = attention.scratch_bytes(c, n_threads, self.n_context, self.chunk)
-        scratch["address"] = self._keep(aligned(size))
-        attended = self._rows["attended"]
-        jobs, described = np.zeros(c.n_layers, ATTEND_JOB), np.concatenate(self._attention)
-        for name in ("query", "key", "value"):
-            jobs[name], jobs[f"{name}_stride"] = step[name], step[f"{name}_stride"]
-        jobs["out"], jobs["out_stride"], jobs["scratch"] = attended.address, attended.stride, self._keep(scratch)
-        jobs["attention"] = _addresses(described)
-        self._kept.append(described)
-        self._attend_jobs = jobs
-        self._layer_records["attend_job"] = _addresses(jobs)
-
     def _make_routings(self, top_k: int, n_expert: int) -> None:
         """Places for routes: of a chunk, and of one token for each thread; those of all layers; the threads' groups."""
         n_threads, step, chunk = self.pool.n_threads, self._step, self.chunk
         routings, groups = np.zeros(n_threads + 1, ROUTING), np.zeros((n_threads, 2), GROUP)
-        all_tokens = self._keep(np.arange(chunk * (top_k + 1), dtype=np.int64))
+        all_tokens = self.keep(np.arange(chunk * (top_k + 1), dtype=np.int64))
         self._routings: list[dict[str, npt.NDArray[Any]]] = []
         for place, routing in enumerate(routings):
             n = chunk if place == 0 else 1
             sizes = {"ids": n * top_k, "order": n * top_k, "tokens": n * top_k, "slots": n * top_k}
             made = {name: np.zeros(size + 8, np.int64) for name, size in (sizes | {"first": n_expert + 1}).items()}
-            for name, size in {"weights": n * top_k, "shares": n, "probabilities": n_expert}.items():
+            for name, size in {"weights": n * top_k, "shares": n, "work": 3 * n_expert}.items():
                 made[name] = aligned(4 * size + 64).view(np.float32)
             for name, array in made.items():
-                routing[name] = self._keep(array)
+                routing[name] = self.keep(array)
             routing["all_tokens"] = all_tokens
             self._routings.append(made)
-        groups["activation"] = step["activation"]
+        groups["activation"], groups["on_inputs"][:, 0] = step["activation"], step["on_inputs"]
+        groups["gate_bias_bytes"] = 4 * round_up(self.config.d_expert, 16)
+        groups["down_bias_bytes"] = 4 * round_up(self.config.d_model, 16)
         groups["hidden"][:, 0], groups["hidden"][:, 1] = step["hidden"], step["shared_hidden"]
         for pair in groups:
-            pair[1]["ids"], pair[1]["first"] = self._keep(np.zeros(1, np.int64)), self._keep(np.zeros(2, np.int64))
-        step["routings"], step["groups"] = self._keep(routings), self._keep(groups)
+            pair[1]["ids"], pair[1]["first"] = self.keep(np.zeros(1, np.int64)), self.keep(np.zeros(2, np.int64))
+        step["routings"], step["groups"] = self.keep(routings), self.keep(groups)
         shape = self.config.n_layers, chunk * top_k
         self._chosen = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         step["kept_ids"], step["kept_weights"] = (array.ctypes.data for array in self._chosen)
@@ -284,10 +273,7 @@ class CpuDevice:
         """Set the jobs of attention for the tokens from position `start` on."""
         n = self._n_tokens
         assert 0 <= start and start + n <= min(cache.n_context, self.n_context), (start, n)
-        jobs = self._attend_jobs
-        if cache is not self._cache:
-            jobs["cache"], self._cache = _addresses(cache.records), cache
-        jobs["n_tokens"], jobs["start"], jobs["angles"] = n, start, self._angles[start].ctypes.data
+        self._mixers.at(cache, start, n)
 
     def run_layers(
         self,
@@ -343,9 +329,9 @@ class CpuDevice:
         assert self.config.router is not None
         scores, n_layers = self._rows["ahead_scores"].floats, self.config.n_layers
         n = min(self._n_ahead, n_layers - 1 - layer)
-        rows = [layer * self._n_ahead + distance for distance in range(n)]
-        with_router = self._layer_records["router"][layer + 1 : layer + 1 + n]
-        return [scores[row, : self.config.router.n_expert] for row, has in zip(rows, with_router, strict=True) if has]
+        without = np.flatnonzero(self._layer_records["router"][layer + 1 : layer + 1 + n] == 0)
+        first, n = layer * self._n_ahead, int(without[0]) if len(without) else n
+        return [scores[row, : self.config.router.n_expert] for row in range(first, first + n)]
 
     def inputs(self, layer: int) -> Floats:
         """What the experts of the layer that was stopped at are given, (n_tokens, d_model)."""

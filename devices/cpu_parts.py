@@ -145,9 +145,11 @@ class CpuExperts:
         self.new_table, self.pack_expert, self.place_expert = device.new_table, device.pack_expert, device.place_expert
         self.total, self.close = device.total, device.close
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
         """What has to be compiled."""
-        return [*self._device.kernels(formats, kv_type, activations), (quantise_inputs, 4)]
+        return [*self._device.kernels(formats, kv_type, activations, config), (quantise_inputs, 4)]
 
     def start(self, table: Table, inputs: Any, routed: Routed) -> None:
         """Begin a layer: rows (n_tokens, d_model), and which experts they go to."""

@@ -21,8 +21,12 @@ from edgert.quant.tile_kernels import GROUP_BYTES
 # Networks and the rows that they serve: the `n_experts` of `ids` (int64), of which expert e has three MATRIX (gate, up,
 # down) at `matrices` and the pairs first[e] to first[e + 1] (int64). Pair p takes input row tokens[p] and, if outputs
 # are kept apart, gives output row slots[p]. `weights` (float32) is indexed by slot; `hidden` is the address of ROWS, a
-# row for each pair.
-GROUP = record("matrices ids n_experts first tokens slots weights hidden activation")
+# row for each pair. Biases of the experts' matrices, rows of gate_bias_bytes (up's too) and down_bias_bytes, or 0.
+# on_inputs: weights multiply what an expert takes, not what it gives.
+GROUP = record(
+    "matrices ids n_experts first tokens slots weights hidden activation on_inputs"
+    " gate_biases up_biases down_biases gate_bias_bytes down_bias_bytes"
+)
 _MATRIX = MATRIX.itemsize
 _UNIT = 2  # tiles of the hidden vector that are computed at a time: 32 columns, a group of the next activations
 _ROW_UNITS = 32  # such units of a single row
@@ -39,13 +43,17 @@ def _same_rows(first: int, second: int) -> bool:
 
 
 @inner
-def _finish_hidden(
-    gate: int, up: int, n: int, columns: int, activation: int, hidden: int, row: int, unit: int, floats: bool
-) -> None:
-    """Activation of n rows of 32 columns, quantised (and as floats if asked for) into rows of `hidden`."""
-    h = at(hidden, ROWS)
+def _finish_hidden(gate: int, up: int, n: int, columns: int, group: int, row: int, unit: int, floats: bool) -> None:
+    """Activation of n rows of 32 columns, quantised (and as floats if asked for) into rows of a GROUP's `hidden`."""
+    h, weight = at(at(group, GROUP).hidden, ROWS), splat(np.float32(1))
+    activation, on_inputs = at(group, GROUP).activation, at(group, GROUP).on_inputs
     for i in range(n):
         g, u = gate + 128 * i, up + 128 * i
+        if on_inputs:  # the products are those of the input, and so is their factor
+            weight = splat(load_float(at(group, GROUP).weights + 4 * load_long(at(group, GROUP).slots + 8 * (row + i))))
+            for k in range(0, 4 * columns, 64):
+                store_f32(g + k, load_f32(g + k) * weight)
+                store_f32(u + k, load_f32(u + k) * weight)
         low, high = activate(load_f32(g), load_f32(u), activation), splat(_ZERO)
         if columns > 16:
             high = activate(load_f32(g + 64), load_f32(u + 64), activation)
@@ -70,6 +78,8 @@ def gate_and_up(thread: int, n_threads: int, group: int, rows: int, own: int, pa
         if start == end:
             continue
         gate, up = g.matrices + 3 * expert * _MATRIX, g.matrices + (3 * expert + 1) * _MATRIX
+        gate_bias = g.gate_biases + expert * g.gate_bias_bytes if g.gate_biases else 0
+        up_bias = g.up_biases + expert * g.gate_bias_bytes if g.up_biases else 0
         n_tiles = (at(gate, MATRIX).n_out + 15) // 16
         floats = at(up + _MATRIX, MATRIX).floats != 0
         n_units = (n_tiles + _UNIT - 1) // _UNIT
@@ -80,12 +90,12 @@ def gate_and_up(thread: int, n_threads: int, group: int, rows: int, own: int, pa
             for first in range(first_unit, last_unit, _ROW_UNITS):  # long reads: memory likes them
                 last = min(first + _ROW_UNITS, last_unit)
                 tile, n = _UNIT * first, min(_UNIT * last, n_tiles) - _UNIT * first
-                multiply_row(gate, rows, row, tile, n, parts)
-                multiply_row(up, rows, row, tile, n, parts + _PART)
+                multiply_row(gate, rows, row, tile, n, parts, gate_bias)
+                multiply_row(up, rows, row, tile, n, parts + _PART, up_bias)
                 for unit in range(first, last):
                     part = parts + 128 * (unit - first)
                     columns = 16 * min(_UNIT, n_tiles - _UNIT * unit)
-                    _finish_hidden(part, part + _PART, 1, columns, g.activation, g.hidden, start, unit, floats)
+                    _finish_hidden(part, part + _PART, 1, columns, group, start, unit, floats)
             continue
         step, same = min(rows_at_once(gate), rows_at_once(up)), _same_rows(gate, up)
         half = scratch if same else scratch + (step * row_bytes(gate) + 63) // 64 * 64
@@ -96,9 +106,9 @@ def gate_and_up(thread: int, n_threads: int, group: int, rows: int, own: int, pa
                 put_rows(up, rows, g.tokens, first, count, half)
             for unit in range(first_unit, last_unit):
                 n = min(_UNIT, n_tiles - _UNIT * unit)
-                multiply_blocks(gate, scratch, count, _UNIT * unit, n, parts, 32)
-                multiply_blocks(up, half, count, _UNIT * unit, n, parts + _PART, 32)
-                _finish_hidden(parts, parts + _PART, count, 16 * n, g.activation, g.hidden, first, unit, floats)
+                multiply_blocks(gate, scratch, count, _UNIT * unit, n, parts, 32, gate_bias)
+                multiply_blocks(up, half, count, _UNIT * unit, n, parts + _PART, 32, up_bias)
+                _finish_hidden(parts, parts + _PART, count, 16 * n, group, first, unit, floats)
 
 
 @inner
@@ -124,6 +134,7 @@ def down(thread: int, n_threads: int, group: int, out: int, stride: int, add: in
         if start == end:
             continue
         matrix = g.matrices + (3 * expert + 2) * _MATRIX
+        bias = g.down_biases + expert * g.down_bias_bytes if g.down_biases else 0
         n_tiles = (at(matrix, MATRIX).n_out + 15) // 16
         first_tile, last = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
         single = end - start == 1
@@ -136,14 +147,16 @@ def down(thread: int, n_threads: int, group: int, out: int, stride: int, add: in
             for tile in range(first_tile, last, unit):
                 n = min(unit, last - tile)
                 if single:
-                    multiply_row(matrix, g.hidden, first, tile, n, parts)
+                    multiply_row(matrix, g.hidden, first, tile, n, parts, bias)
                 else:
-                    multiply_blocks(matrix, scratch, count, tile, n, parts, 32)
+                    multiply_blocks(matrix, scratch, count, tile, n, parts, 32, bias)
                 for i in range(count):
                     slot = load_long(g.slots + 8 * (first + i))
                     row, weight = slot, _ZERO
                     if add:
                         row, weight = load_long(g.tokens + 8 * (first + i)), load_float(g.weights + 4 * slot)
+                        if g.on_inputs:
+                            weight = np.float32(1)
                     _put_out(parts + 128 * i, 64 * n, weight, out + 4 * row * stride + 64 * tile, add)
 
 
@@ -152,7 +165,7 @@ def share_of(gate: int, rows: int, row: int, part: int) -> Any:
     """What the shared expert's output counts for one token: sigmoid(gate x), or 1 without a gate (its MATRIX)."""
     if gate == 0:
         return np.float32(1)
-    multiply_row(gate, rows, row, 0, 1, part)
+    multiply_row(gate, rows, row, 0, 1, part, 0)
     return first_lane(sigmoid(load_f32(part)))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgert.devices.states import States, WithStates, states_bytes
 from edgert.errors import OptionError
 from edgert.types import ModelConfig
 
@@ -37,12 +38,21 @@ def _block_offsets(config: ModelConfig, kv_type: str) -> tuple[int, int, int, in
 
 
 def cache_bytes(config: ModelConfig, n_context: int, kv_type: str) -> int:
-    """Bytes of the keys and values of n_context positions, all layers."""
+    """Bytes of the keys and values of n_context positions in layers that attend, and of the states of the others."""
     check_kv_type(kv_type)
-    return config.n_layers * config.n_kv_heads * -(-n_context // BLOCK) * _block_offsets(config, kv_type)[3]
+    return len(_attending(config)) * _layer_bytes(config, n_context, kv_type) + states_bytes(config)
 
 
-class KvCache:
+def _attending(config: ModelConfig) -> list[int]:
+    """Layers that have keys and values."""
+    return [index for index in range(config.n_layers) if config.layer(index).mixer == "attention"]
+
+
+def _layer_bytes(config: ModelConfig, n_context: int, kv_type: str) -> int:
+    return config.n_kv_heads * -(-n_context // BLOCK) * _block_offsets(config, kv_type)[3]
+
+
+class KvCache(WithStates):
     """Keys and values of one sequence, all layers.
 
     records: CACHE (n_layers,), what the compiled code must know of each layer; the functions that read and write this
@@ -53,14 +63,15 @@ class KvCache:
         from edgert.devices import attention, attention_blocks, attention_heads  # planning must not load the compiler
         from edgert.quant.records import address_of
 
-        self.n_context, self.kv_type = n_context, kv_type
+        self.n_context, self.kv_type, self.states = n_context, kv_type, States(config)
         self.n_bytes = cache_bytes(config, n_context, kv_type)
-        self._memory = np.zeros(self.n_bytes + 64, np.uint8)
+        attending, layer_bytes = _attending(config), _layer_bytes(config, n_context, kv_type)
+        self._memory = np.zeros(len(attending) * layer_bytes + 64, np.uint8)
         values, key_scales, value_scales, block = _block_offsets(config, kv_type)
         n_blocks = -(-n_context // BLOCK)
         self.records = np.zeros(config.n_layers, attention.CACHE)
         first = -self._memory.ctypes.data % 64 + self._memory.ctypes.data
-        self.records["address"] = first + np.arange(config.n_layers) * (config.n_kv_heads * n_blocks * block)
+        self.records["address"][attending] = first + np.arange(len(attending)) * layer_bytes
         for name, value in (
             ("head_bytes", n_blocks * block),
             ("block_bytes", block),

@@ -21,15 +21,23 @@ from edgert.devices.feed_forward import (
 )
 from edgert.devices.routing import choose_row, sort_pairs
 from edgert.devices.threads import meet
-from edgert.quant.functions import quantise_row, rms_norm
+from edgert.quant.functions import add_row, quantise_row, rms_norm
 from edgert.quant.jit import inner
 from edgert.quant.matmul import MATRIX, ROWS
 from edgert.quant.records import at, call, record, view
 from edgert.quant.simd import fma, load_f32, load_float, load_long, splat, store_f32, store_float
 
-# One layer: addresses of MATRIX (router, shared_gate: or 0), of three MATRIX (shared: or 0), of the MATRIX of its
-# experts, of norm weights, and of what the attention job takes.
-LAYER = record("query key value output router experts shared shared_gate attention_norm feed_forward_norm attend_job")
+# A matrix that the normed rows go through: address of MATRIX, and of its products' floats, `stride` of them a row.
+PROJECTION = record("matrix out stride")
+# One layer. What sees other tokens, its mixer: PROJECTIONs of its input, the address of a function like a job of a pool
+# that is given `mix_job` and leaves rows of `attended_width` floats in STEP's `attended`, and `output`, the MATRIX that
+# these go through. Addresses of MATRIX (router, shared_gate: or 0), of three MATRIX (shared: or 0), of those of its
+# experts, of the weights of norms and their biases (or 0), of what counts for the choice of experts alone (or 0), and
+# of the experts' biases, see GROUP.
+LAYER = record(
+    "projections n_projections mix mix_job attended_width output router choice_bias experts shared shared_gate"
+    " mixer_norm mixer_norm_bias feed_forward_norm feed_forward_norm_bias gate_biases up_biases down_biases"
+)
 
 # A step. `rows` are addresses of ROWS; other buffers are float rows with their strides in floats. `routings` holds
 # ROUTING, first that of several tokens, then one for each thread; `groups` two GROUP a thread. Layers run from
@@ -40,42 +48,42 @@ LAYER = record("query key value output router experts shared shared_gate attenti
 # stopped at: the group of experts, which `phases` of it to run (1: gate and up, 2: down), and whether it is the
 # layer's first.
 STEP = record(
-    "layers n_layers n_tokens d_model x x_stride normed attended attended_width attend"
-    " query query_stride key key_stride value value_stride output output_stride scores scores_stride"
-    " outputs outputs_stride shared_slot routings groups n_expert top_k softmax normalise activation"
+    "layers n_layers n_tokens d_model x x_stride normed attended output output_stride scores scores_stride"
+    " outputs outputs_stride shared_slot routings groups n_expert top_k router activation on_inputs"
     " hidden shared_hidden"
-    " attention_half multiply gate_and_up down"
-    " n_used scratch scratch_bytes head_norm head logits logits_stride first_row n_rows"
+    " mixer_half multiply gate_and_up down"
+    " n_used scratch scratch_bytes head_norm head_norm_bias head logits logits_stride first_row n_rows"
     " first_layer stopped states all_experts every_layer kept_ids kept_weights kept_stride"
     " n_ahead ahead ahead_scores ahead_scores_stride"
     " layer group_ids group_size phases is_first",
-    floats="eps residual_scale router_scale logit_scale",
+    floats="eps residual_scale logit_scale",
 )
 # Routes of some tokens: addresses of ids, order, slots, tokens (int64, top_k a token), first (int64, n_expert + 1),
-# weights (float32, top_k a token), shares of the shared expert (float32, one a token), probabilities (float32,
-# n_expert).
-ROUTING = record("ids weights order first tokens slots shares probabilities all_tokens")
-_GROUP, _LAYER, _ROUTING = GROUP.itemsize, LAYER.itemsize, ROUTING.itemsize
+# weights (float32, top_k a token), shares of the shared expert (float32, one a token), work (float32, 3 n_expert).
+ROUTING = record("ids weights order first tokens slots shares work all_tokens")
+_GROUP, _LAYER, _ROUTING, _PROJECTION = GROUP.itemsize, LAYER.itemsize, ROUTING.itemsize, PROJECTION.itemsize
 
 
 @inner
-def _tiles(matrix: int) -> int:
+def tiles(matrix: int) -> int:
     return (at(matrix, MATRIX).n_out + 15) // 16
 
 
 @inner
-def _project(
+def project(
     thread: int, n_threads: int, step: int, matrix: int, rows: int, first: int, count: int, out: int, stride: int
 ) -> None:
     """This thread's columns of rows times a matrix."""
-    s, n_tiles = at(step, STEP), _tiles(matrix)
+    s, n_tiles = at(step, STEP), tiles(matrix)
     tile, last = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
     scratch = s.scratch + thread * s.scratch_bytes + PARTS_BYTES
     call(s.multiply, (matrix, rows, first, count, tile, last - tile, out, stride, scratch))
 
 
 @inner
-def _norm(thread: int, n_threads: int, barrier: int, step: int, weight: int, first_row: int, count: int) -> None:
+def _norm(
+    thread: int, n_threads: int, barrier: int, step: int, weight: int, bias: int, first_row: int, count: int
+) -> None:
     """RMS-norm rows of the residual stream into `normed`, as floats and as int8."""
     s = at(step, STEP)
     r = at(s.normed, ROWS)
@@ -84,6 +92,8 @@ def _norm(thread: int, n_threads: int, barrier: int, step: int, weight: int, fir
         row = thread if single else i
         out = r.floats + 4 * row * r.stride
         rms_norm(s.x + 4 * (first_row + i) * s.x_stride, weight, out, s.d_model, s.eps)
+        if bias:
+            add_row(out, bias, s.d_model)
         if r.group_stride:
             quantise_row(out, s.d_model, r.groups + row * r.group_stride)
     if not single:
@@ -91,7 +101,7 @@ def _norm(thread: int, n_threads: int, barrier: int, step: int, weight: int, fir
 
 
 @inner
-def _quantise_attended(thread: int, n_threads: int, barrier: int, step: int) -> None:
+def _quantise_attended(thread: int, n_threads: int, barrier: int, step: int, width: int) -> None:
     s = at(step, STEP)
     r = at(s.attended, ROWS)
     single = s.n_tokens == 1
@@ -99,36 +109,34 @@ def _quantise_attended(thread: int, n_threads: int, barrier: int, step: int) -> 
         row = thread if single else i
         floats = r.floats + 4 * row * r.stride
         if row != i:
-            for k in range(0, 4 * s.attended_width, 64):
+            for k in range(0, 4 * width, 64):
                 store_f32(floats + k, load_f32(r.floats + k))
         if r.group_stride:
-            quantise_row(floats, s.attended_width, r.groups + row * r.group_stride)
+            quantise_row(floats, width, r.groups + row * r.group_stride)
     if not single:
         meet(barrier, n_threads)
 
 
 @inner
-def attention_half(thread: int, n_threads: int, barrier: int, step: int, index: int) -> None:
-    """Norm, q/k/v, attention, output, residual, norm, router scores of one layer."""
+def mixer_half(thread: int, n_threads: int, barrier: int, step: int, index: int) -> None:
+    """Norm, what sees other tokens, output, residual, norm, router scores of one layer."""
     s = at(step, STEP)
     layer = at(s.layers + index * _LAYER, LAYER)
     n, own = s.n_tokens, thread if s.n_tokens == 1 else 0
-    _norm(thread, n_threads, barrier, step, layer.attention_norm, 0, n)
-    _project(thread, n_threads, step, layer.query, s.normed, own, n, s.query, s.query_stride)
-    _project(thread, n_threads, step, layer.key, s.normed, own, n, s.key, s.key_stride)
-    _project(thread, n_threads, step, layer.value, s.normed, own, n, s.value, s.value_stride)
+    _norm(thread, n_threads, barrier, step, layer.mixer_norm, layer.mixer_norm_bias, 0, n)
+    for number in range(layer.n_projections):
+        p = at(layer.projections + number * _PROJECTION, PROJECTION)
+        project(thread, n_threads, step, p.matrix, s.normed, own, n, p.out, p.stride)
     meet(barrier, n_threads)
-    call(s.attend, (thread, n_threads, barrier, layer.attend_job))
+    call(layer.mix, (thread, n_threads, barrier, layer.mix_job))
     meet(barrier, n_threads)
-    _quantise_attended(thread, n_threads, barrier, step)
-    _project(thread, n_threads, step, layer.output, s.attended, own, n, s.output, s.output_stride)
-    add_columns(
-        thread, n_threads, s.x, s.x_stride, s.output, s.output_stride, n, _tiles(layer.output), s.residual_scale
-    )
+    _quantise_attended(thread, n_threads, barrier, step, layer.attended_width)
+    project(thread, n_threads, step, layer.output, s.attended, own, n, s.output, s.output_stride)
+    add_columns(thread, n_threads, s.x, s.x_stride, s.output, s.output_stride, n, tiles(layer.output), s.residual_scale)
     meet(barrier, n_threads)
-    _norm(thread, n_threads, barrier, step, layer.feed_forward_norm, 0, n)
+    _norm(thread, n_threads, barrier, step, layer.feed_forward_norm, layer.feed_forward_norm_bias, 0, n)
     if layer.router:
-        _project(thread, n_threads, step, layer.router, s.normed, own, n, s.scores, s.scores_stride)
+        project(thread, n_threads, step, layer.router, s.normed, own, n, s.scores, s.scores_stride)
         meet(barrier, n_threads)
 
 
@@ -142,16 +150,15 @@ def _route(thread: int, n_threads: int, barrier: int, step: int, index: int) -> 
     ids = view(r.ids, n * s.top_k, np.int64(0))
     weights = view(r.weights, n * s.top_k, np.float32(0))
     order = view(r.order, n * s.top_k, np.int64(0))
-    probabilities = view(mine.probabilities, s.n_expert, np.float32(0))
+    work = view(mine.work, 3 * s.n_expert, np.float32(0))
+    bias = at(s.layers + index * _LAYER, LAYER).choice_bias
     kept = index * s.kept_stride
     kept_ids = view(s.kept_ids + 8 * kept, n * s.top_k, np.int64(0))
     kept_weights = view(s.kept_weights + 4 * kept, n * s.top_k, np.float32(0))
     for t in range(0 if n == 1 else thread, n, 1 if n == 1 else n_threads):
         own = slice(t * s.top_k, (t + 1) * s.top_k)
         scores = view(s.scores + 4 * t * s.scores_stride, s.n_expert, np.float32(0))
-        choose_row(
-            scores, s.softmax != 0, s.normalise != 0, s.router_scale, probabilities, ids[own], weights[own], order[own]
-        )
+        choose_row(scores, s.router, bias, work, ids[own], weights[own], order[own])
         if n > 1 or thread == 0:
             for i in range(t * s.top_k, (t + 1) * s.top_k):
                 kept_ids[i], kept_weights[i] = ids[i], weights[i]
@@ -169,6 +176,20 @@ def _route(thread: int, n_threads: int, barrier: int, step: int, index: int) -> 
     if n > 1:
         meet(barrier, n_threads)
     return routing
+
+
+@inner
+def _set_group(thread: int, step: int, index: int, routing: int, ids: int, n: int) -> None:
+    """Make the thread's GROUP n experts of a layer, by their ids, with the routes of a ROUTING."""
+    s = at(step, STEP)
+    group, layer, r = (
+        at(s.groups + 2 * thread * _GROUP, GROUP),
+        at(s.layers + index * _LAYER, LAYER),
+        at(routing, ROUTING),
+    )
+    group.matrices, group.ids, group.n_experts = layer.experts, ids, n
+    group.first, group.tokens, group.slots, group.weights = r.first, r.tokens, r.slots, r.weights
+    group.gate_biases, group.up_biases, group.down_biases = layer.gate_biases, layer.up_biases, layer.down_biases
 
 
 @inner
@@ -220,10 +241,12 @@ def _look_ahead(thread: int, n_threads: int, step: int, index: int) -> None:
         if layer.router:
             normed = r.floats + 4 * thread * r.stride
             rms_norm(last, layer.feed_forward_norm, normed, s.d_model, s.eps)
+            if layer.feed_forward_norm_bias:
+                add_row(normed, layer.feed_forward_norm_bias, s.d_model)
             if r.group_stride:
                 quantise_row(normed, s.d_model, r.groups + thread * r.group_stride)
             out = s.ahead_scores + 4 * (index * s.n_ahead + distance) * s.ahead_scores_stride
-            _project(thread, n_threads, step, layer.router, s.ahead, thread, 1, out, s.ahead_scores_stride)
+            project(thread, n_threads, step, layer.router, s.ahead, thread, 1, out, s.ahead_scores_stride)
 
 
 @inner
@@ -247,15 +270,13 @@ def run_layers(thread: int, n_threads: int, barrier: int, step: int) -> None:
     n_tiles = (s.d_model + 15) // 16
     stopped = s.n_layers
     for index in range(s.first_layer, s.n_layers):
-        call(s.attention_half, (thread, n_threads, barrier, step, index))
+        call(s.mixer_half, (thread, n_threads, barrier, step, index))
         layer = at(s.layers + index * _LAYER, LAYER)
         routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
         group.n_experts = 0
         if layer.router:
             routing = _route(thread, n_threads, barrier, step, index)
-            r = at(routing, ROUTING)
-            group.matrices, group.ids, group.n_experts = layer.experts, s.all_experts, s.n_expert
-            group.first, group.tokens, group.slots, group.weights = r.first, r.tokens, r.slots, r.weights
+            _set_group(thread, step, index, routing, s.all_experts, s.n_expert)
             if s.n_ahead:
                 _look_ahead(thread, n_threads, step, index)
             if _must_stop(step, index, routing):
@@ -280,14 +301,8 @@ def run_experts(thread: int, n_threads: int, barrier: int, step: int) -> None:
     s = at(step, STEP)
     n = s.n_tokens
     routing = s.routings + (thread + 1 if n == 1 else 0) * _ROUTING
-    group, shared = at(s.groups + 2 * thread * _GROUP, GROUP), s.groups + (2 * thread + 1) * _GROUP
-    r = at(routing, ROUTING)
-    group.matrices, group.ids, group.n_experts = (
-        at(s.layers + s.layer * _LAYER, LAYER).experts,
-        s.group_ids,
-        s.group_size,
-    )
-    group.first, group.tokens, group.slots, group.weights = r.first, r.tokens, r.slots, r.weights
+    shared = s.groups + (2 * thread + 1) * _GROUP
+    _set_group(thread, step, s.layer, routing, s.group_ids, s.group_size)
     at(shared, GROUP).n_experts = 0
     if n <= APART:
         if s.is_first:
@@ -321,7 +336,7 @@ def run_combine(thread: int, n_threads: int, barrier: int, step: int) -> None:
             total = splat(np.float32(0))
             for place in range(s.top_k):
                 slot = t * s.top_k + order[t * s.top_k + place]
-                weight = splat(load_float(r.weights + 4 * slot))
+                weight = splat(np.float32(1) if s.on_inputs else load_float(r.weights + 4 * slot))
                 total = fma(weight, load_f32(s.outputs + 4 * slot * s.outputs_stride + i), total)
             if layer.shared:
                 output = load_f32(s.outputs + 4 * (s.shared_slot + t) * s.outputs_stride + i)
@@ -336,9 +351,9 @@ def run_head(thread: int, n_threads: int, barrier: int, step: int) -> None:
     """Logits of rows first_row and behind of the residual stream."""
     s = at(step, STEP)
     n = s.n_rows
-    _norm(thread, n_threads, barrier, step, s.head_norm, s.first_row, n)
-    _project(thread, n_threads, step, s.head, s.normed, thread if n == 1 else 0, n, s.logits, s.logits_stride)
-    n_tiles = _tiles(s.head)
+    _norm(thread, n_threads, barrier, step, s.head_norm, s.head_norm_bias, s.first_row, n)
+    project(thread, n_threads, step, s.head, s.normed, thread if n == 1 else 0, n, s.logits, s.logits_stride)
+    n_tiles = tiles(s.head)
     scale = splat(np.float32(s.logit_scale))
     for row in range(n):
         for tile in range(n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgert.devices.base import APART, CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Routed, Table
+from edgert.devices.base import APART, CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Norm, Routed, Table
 from edgert.devices.routing import choose_reference, pairs_reference
 from edgert.quant.formats import Format, PackedPart
 from edgert.types import Floats, Ids, ModelConfig
@@ -18,8 +18,23 @@ from edgert.types import Floats, Ids, ModelConfig
 class NullCache:
     """A cache that holds nothing."""
 
+    has_states = False
+
     def __init__(self, n_context: int) -> None:
         self.n_context, self.n_bytes = n_context, 0
+
+    def begin(self, start: int) -> None:
+        """Nothing is to be prepared."""
+
+    def end(self, position: int) -> None:
+        """Nothing is to be noted."""
+
+    def keep(self) -> None:
+        """There is nothing."""
+
+    def rewind(self, n: int) -> int:
+        """Any position will do."""
+        return n
 
 
 class NullDevice:
@@ -39,7 +54,9 @@ class NullDevice:
         self._n_tokens = 0
 
     @staticmethod
-    def kernels(formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(
+        formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
         """Nothing is compiled."""
         return []
 
@@ -47,7 +64,7 @@ class NullDevice:
         """Count it."""
         self.calls["add_layer"] += 1
 
-    def set_head(self, norm: Floats, output: Linear) -> None:
+    def set_head(self, norm: Norm, output: Linear) -> None:
         """Count it."""
         self.calls["set_head"] += 1
 

@@ -89,7 +89,9 @@ class OnnxAttention:
         self._masks: dict[int, Buffer] = {}  # by window
         self._masked: tuple[int, int] = (-1, 0)  # start and number of the tokens that the masks are for
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
         """Nothing is compiled by numba."""
         return []
 

@@ -93,7 +93,9 @@ class OnnxExperts:
             sizes = {n: (n, pairs) for n in sorted({1, chunk})}
         self._sums = {key: Call(session(sum_graph(c, *size), alone)) for key, size in sizes.items() if c.router}
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
         """Nothing is compiled by numba."""
         return []
 

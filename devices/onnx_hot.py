@@ -42,9 +42,11 @@ class HotExperts:
         self._pool = ThreadPoolExecutor(1, "edgert-hot")
         self._n_packed = 0  # of the layer
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
         """What the cold part needs compiled."""
-        return self._parts[False].kernels(formats, kv_type, activations)
+        return self._parts[False].kernels(formats, kv_type, activations, config)
 
     def new_table(self, n_expert: int) -> Table:
         """One _Expert per expert; those that are packed next are its rows, in ascending id."""

@@ -26,7 +26,9 @@ class AttentionPart(Protocol):
     chunk: int
     settings: Sequence[Any]  # how its sessions are made, if it has any
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]: ...
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]: ...
     def add_layer(self, weights: LayerWeights) -> None: ...
     def set_head(self, norm: Floats, output: Linear) -> None: ...
     def new_cache(self, n_context: int, kv_type: str) -> Cache: ...
@@ -59,7 +61,9 @@ class ExpertPart(Protocol):
     settings: Sequence[Any]
     layer: int  # whose experts are packed, or run, at the moment
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]: ...
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]: ...
     def new_table(self, n_expert: int) -> Table: ...
     def pack_expert(self, weights: ExpertWeights) -> Any: ...
     def place_expert(
@@ -110,11 +114,13 @@ class SplitDevice:
         self.new_table, self.pack_expert = experts.new_table, experts.pack_expert
         self.place_expert, self.head = experts.place_expert, attention.head
 
-    def kernels(self, formats: Iterable[Format], kv_type: str, activations: str) -> list[tuple[Any, int]]:
+    def kernels(
+        self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
+    ) -> list[tuple[Any, int]]:
         """What the parts need compiled."""
         known, found = list(formats), dict[int, tuple[Any, int]]()
         for part in (self._attention, self._experts):
-            found |= {id(kernel): (kernel, n) for kernel, n in part.kernels(known, kv_type, activations)}
+            found |= {id(kernel): (kernel, n) for kernel, n in part.kernels(known, kv_type, activations, config)}
         return list(found.values())
 
     def add_layer(self, weights: LayerWeights) -> None:

@@ -31,12 +31,16 @@ class Session:
         return self.cache.n_context - len(self.tokens)
 
     def trim(self, tokens: Sequence[int]) -> int:
-        """Keep the longest common prefix with `tokens`, but never all of them: the last is computed to be answered."""
+        """Keep the longest common prefix with `tokens`, but never all of them: the last is computed to be answered.
+
+        Less is kept where the model has states that pass from token to token: up to one that was kept.
+        """
         same = 0
         for ours, theirs in zip(self.tokens, tokens[: len(tokens) - 1], strict=False):
             if ours != theirs:
                 break
             same += 1
+        same = self.cache.rewind(same)
         del self.tokens[same:]
         return same
 
@@ -62,6 +66,7 @@ class Engine:
         if self.pace:
             self.pace()
         start, layer, n_layers = len(session.tokens), 0, self.config.n_layers
+        session.cache.begin(start)
         self.residency.begin(len(tokens))
         self.device.begin(self.embed(tokens))  # (n_tokens, d_model)
         while (layer := self._run_layers(session, start, layer)) < n_layers:
@@ -75,6 +80,7 @@ class Engine:
         if self.trace:
             self.trace(self.device)
         session.tokens += tokens
+        session.cache.end(len(session.tokens))
 
     def _run_layers(self, session: Session, start: int, first: int) -> int:
         """Run layers up to one whose experts are not all in RAM: its number."""
@@ -103,6 +109,18 @@ class Engine:
             part = list(tokens[at : at + chunk])
             self.step(part, session)
             yield len(part)
+
+    def prompt(self, tokens: Sequence[int], session: Session) -> Iterator[int]:
+        """As prefill, of a text that others may come back to: a session's states are kept where it begins and ends.
+
+        What comes back with the same text needs the states before its last token, which is then a step of its own.
+        """
+        session.cache.keep()
+        if session.cache.has_states and len(tokens) > 1:
+            yield from self.prefill(tokens[:-1], session)
+            session.cache.keep()
+            tokens = tokens[-1:]
+        yield from self.prefill(tokens, session)
 
     def last_logits(self, n_rows: int) -> Floats:
         """Logits (n_vocab,) of the last of the `n_rows` tokens of the step just run; valid until the next call."""

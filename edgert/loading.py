@@ -152,7 +152,7 @@ def load_parts(
             kv_type=kv_type,
             threads=threads,
             activations=activations,
-            rope_divisors=weights.rope_divisors(),
+            rope_divisors=weights.rope_divisors(needed.context),
             chunk=plan.chunk,
             ranges=_ranges(file, weights, threads, progress) if selected.quantised else None,
             is_hot=None if needed.n_hot is None else _hot(needed.n_hot, weights),
@@ -289,7 +289,7 @@ def _open(
 
 def _kernels(device: Device, weights: Weights, kv_type: str, activations: str) -> list[tuple[Any, int]]:
     """All that has to be compiled for a model."""
-    kernels = device.kernels(weights.formats(), kv_type, activations)
+    kernels = device.kernels(weights.formats(), kv_type, activations, weights.config)
     return [*kernels, *checksum.kernels()] if isinstance(weights.file, Bundle) and jit.JIT_ENABLED else kernels
 
 

@@ -303,7 +303,7 @@ class Model:
         before = engine.residency.counts
         usage.cached_tokens = session.trim(request.ids)
         n_rows = 0
-        for n in engine.prefill(request.ids[usage.cached_tokens :], session):
+        for n in engine.prompt(request.ids[usage.cached_tokens :], session):
             n_rows = n
             if request.cancelled.is_set():
                 return

@@ -9,9 +9,10 @@ from typing import Any
 from edgert.loading import Parts, name_of
 from edgert.memory import WORD_BYTES
 from edgert.needs import needs
-from edgert.types import ModelConfig, RopeConfig, RouterConfig
+from edgert.types import DeltaConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 
 _COUNTS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_value", "n_vocab", "n_context", "d_expert")
+_PARTS = {"rope": RopeConfig, "router": RouterConfig, "latent": LatentConfig, "delta": DeltaConfig}
 _MOST = 1 << 31
 
 
@@ -33,10 +34,14 @@ def config_from(sizes: Mapping[str, Any]) -> ModelConfig | None:
     """The configuration that sizes name, whoever wrote them; None where it is none with a router."""
     try:
         values: dict[str, Any] = dict(sizes["config"])
-        values |= {"rope": RopeConfig(**values["rope"]), "router": RouterConfig(**values["router"])}
+        for name, kind in _PARTS.items():
+            if values.get(name) is not None:
+                values[name] = kind(**values[name])
+        values["layers"] = tuple(LayerConfig(**layer) for layer in values.get("layers", ()))
+        values["temperature"] = tuple(values.get("temperature", (0.0, 1)))
         config = ModelConfig(**values)
         counts = [getattr(config, name) for name in _COUNTS] + [config.d_shared + 1, config.rope.n_rotated + 1]
     except (KeyError, TypeError, ValueError):
         return None
-    is_sound = all(type(count) is int and 0 < count < _MOST for count in counts)
+    is_sound = config.router is not None and all(type(count) is int and 0 < count < _MOST for count in counts)
     return config if is_sound and isinstance(config.architecture, str) else None

@@ -17,9 +17,10 @@ from edgert.memory import WORD_BYTES, Needs, mib
 from edgert.quant import jit
 from edgert.storage.bundle import Bundle
 from edgert.storage.bundle_manifest import PAGE, round_up
+from edgert.tensor_table import EMBEDDING
 from edgert.types import Ids, ModelConfig
 from edgert.weight_sources import KEPT_ROWS
-from edgert.weights import EMBEDDING, Weights
+from edgert.weights import Weights
 
 _CHUNKS = (32, 64, 128, 256, CHUNK)  # tokens of a step, from which the plan chooses
 _READER_BYTES = 4 << 20  # of the lanes, their queues and stacks; records are read to where they stay
@@ -122,7 +123,7 @@ def _on_cpu(weights: Weights, n_context: int, kv_type: str, threads: int | None,
         + buffers.unused_bytes(packed)
         for chunk in _CHUNKS
     }
-    kernels = cpu.CpuDevice.kernels(weights.formats(), kv_type, activations)
+    kernels = cpu.CpuDevice.kernels(weights.formats(), kv_type, activations, weights.config)
     sizes = record_bytes(weights)
     n_expert, top_k = (config.router.n_expert, config.router.top_k) if config.router else (0, 0)
     merges = weights.file.metadata.get("tokenizer.ggml.merges")

@@ -24,7 +24,8 @@ from edgert.storage import bundle_manifest as manifests
 from edgert.storage.bundle_manifest import PAGE, HotTensor, Manifest, Parts, RowTable, SourceFile, round_up
 from edgert.storage.bundle_metadata import as_gguf
 from edgert.storage.tensor_file import TensorFile
-from edgert.weights import EMBEDDING, Weights
+from edgert.tensor_table import EMBEDDING
+from edgert.weights import Weights
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -21,8 +21,8 @@ from edgert.huggingface_config import FolderConfig, read_folder_config
 from edgert.huggingface_families import FAMILIES
 from edgert.storage.gguf_header import TensorInfo
 from edgert.storage.json_file import JsonObject
+from edgert.tensor_table import EMBEDDING, FINAL_NORM, HEAD, layer_tensors, optional_layer_tensors
 from edgert.types import ModelConfig
-from edgert.weights import EMBEDDING, HEAD, layer_shapes
 
 # What most matrices are stored in, what the sensitive ones (some of the values and down projections), what the head.
 QUANTISATIONS = {
@@ -80,13 +80,13 @@ def _types(config: ModelConfig, folder: FolderConfig, quantisation: str) -> dict
     body, more, head = QUANTISATIONS[quantisation]
     embedding = (config.n_vocab, config.d_model)
     tensors = [_tensor(EMBEDDING, embedding, head if folder.tied else body)]
-    tensors.append(_tensor("output_norm.weight", (config.d_model,), Type.F32))
+    tensors.append(_tensor(FINAL_NORM, (config.d_model,), Type.F32))
     if not folder.tied:
         tensors.append(_tensor(HEAD, embedding, head))
     biases = {"attn_q.bias", "attn_k.bias", "attn_v.bias"} if folder.family is FAMILIES["Qwen2MoeForCausalLM"] else ()
     for layer in range(config.n_layers):
-        optional = {f"blk.{layer}.{name}" for name in biases}
-        for name, shape in layer_shapes(config, layer, optional).items():
+        optional = {name: shape for name, shape in optional_layer_tensors(config, layer).items() if name in biases}
+        for name, shape in {**layer_tensors(config, layer), **optional}.items():
             kind = more if _is_sensitive(name, layer, config.n_layers) else body
             if len(shape) == 1 or name == "ffn_gate_inp.weight":
                 kind = Type.F32

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from edgert.architectures import read_config
 from edgert.bits import PROJECTIONS, Bits
 from edgert.quant import ggml
 from edgert.quant.formats import Format, Matrix, MatrixSource
@@ -66,10 +67,10 @@ class RequantisedSource(FileSource):
     """Tensors of a model's file in the formats that `bits` names."""
 
     def __init__(self, file: TensorFile, bits: Bits, read: Read) -> None:
-        super().__init__(file)
+        super().__init__(file, read_config(file.metadata, str(file.path)))
         self._bits, self._read = bits, read
 
-    def expert(self, layer: int, index: int) -> tuple[MatrixSource, MatrixSource, MatrixSource]:  # type: ignore[override]   # a protocol's method
+    def expert(self, layer: int, index: int) -> tuple[MatrixSource, MatrixSource, MatrixSource]:
         """See WeightSource."""
         matrices: list[MatrixSource] = list(super().expert(layer, index))
         for place, format in enumerate(self._bits.of(layer, index)):
@@ -78,17 +79,17 @@ class RequantisedSource(FileSource):
                 matrices[place] = MadeMatrix(matrices[place].shape, format, read)
         return matrices[0], matrices[1], matrices[2]
 
-    def _matrix(self, name: str, words: str, first_row: int, n_rows: int, shown_row: int) -> StoredMatrix:
-        found = super()._matrix(name, words, first_row, n_rows, shown_row)
+    def _matrix(self, name: str, words: str, first_row: int, n_rows: int) -> StoredMatrix:
+        found = super()._matrix(name, words, first_row, n_rows)
         if found.format is ggml.format_for(found.kind):
             return found
-        return RoundedMatrix(found.name, found.kind, found.shape, found.format, found.read_rows, shown_row)
+        return RoundedMatrix(found.name, found.kind, found.shape, found.format, found.read_rows, found.first_row)
 
     def _format(self, name: str) -> Format:
-        info = self._file.tensors[name]
-        if len(info.shape) != 2 or is_kept(name):
+        shape = self.shapes[name]
+        if len(shape) != 2 or is_kept(name):
             return super()._format(name)
-        return self._bits.hot_format(info.type, info.shape[-1])
+        return self._bits.hot_format(self.kind(name), shape[-1])
 
     def sizes_of(self, name: str) -> dict[Format, int]:
         """See WeightSource."""
@@ -101,4 +102,4 @@ class RequantisedSource(FileSource):
 
 def is_kept(name: str) -> bool:
     """Whether a hot matrix stays as the source has it: routers and gates are small, and decide much."""
-    return "ffn_gate_inp" in name or name.endswith(".bias")
+    return any(part in name for part in ("ffn_gate_inp", "ssm_alpha", "ssm_beta")) or name.endswith(".bias")

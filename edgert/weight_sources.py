@@ -1,6 +1,6 @@
 """Where weights come from: the tensors of a model's file, packed as they are read, or a bundle, packed long ago.
 
-A source knows tensors by GGUF's names and experts by number; what a model makes of them is weights.py's.
+A source knows tensors by the names of tensor_table and experts by number; what a model makes of them is weights.py's.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
 
+from edgert.architectures import tensor_names
 from edgert.errors import ModelFileError
 from edgert.quant import ggml, packing
 from edgert.quant.formats import F32, Format, Matrix, MatrixSource, PackedPart
@@ -21,10 +24,12 @@ from edgert.quant.packing import StoredMatrix
 from edgert.quant.unpacking import unpack
 from edgert.storage.bundle import Bundle, part_of
 from edgert.storage.tensor_file import TensorFile
-from edgert.types import Floats
+from edgert.tensor_views import Rows, views
+from edgert.types import Floats, ModelConfig
 
 PROJECTIONS = ("gate", "up", "down")
 _READ_BYTES = 2 << 20  # that FlashFile reads at a time on their way to unaligned memory
+_SINGLE = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: np.uint16}  # types of weights that stand alone
 KEPT_ROWS = 512  # of an embedding table on flash; a row takes 1 to 10 KiB
 
 
@@ -37,7 +42,7 @@ def add_sizes(sizes: Iterable[tuple[Format, int]]) -> dict[Format, int]:
 
 
 class WeightSource(Protocol):
-    """What Weights asks for. Shapes are those of GGUF, experts of a layer stacked: (n_expert, n_out, n_in)."""
+    """What Weights asks for. Names and shapes are those of tensor_table."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor, by name
@@ -45,8 +50,8 @@ class WeightSource(Protocol):
     def vector(self, name: str) -> Floats:
         """All numbers of a tensor. ModelFileError: not finite, or damaged."""
 
-    def matrix(self, name: str, first_row: int = 0, n_rows: int | None = None) -> MatrixSource:
-        """Some rows of a tensor, by default all, read when they are packed."""
+    def matrix(self, name: str) -> MatrixSource:
+        """A tensor, read when it is packed."""
 
     def expert(self, layer: int, index: int) -> tuple[MatrixSource, MatrixSource, MatrixSource]:
         """Gate, up and down of an expert, read when they are packed."""
@@ -62,44 +67,84 @@ class WeightSource(Protocol):
 
 
 class FileSource:
-    """Tensors of a GGUF file, or of what looks like one."""
+    """Tensors of a GGUF file, or of what looks like one, by our names and as we cut them: see tensor_views."""
 
-    def __init__(self, file: TensorFile, *, decode_to_f32: bool = False) -> None:
+    def __init__(self, file: TensorFile, config: ModelConfig, *, decode_to_f32: bool = False) -> None:
         self.path, self._file, self._decode_to_f32 = file.path, file, decode_to_f32
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in file.tensors.items()}
+        stored = {name: info.shape for name, info in file.tensors.items()}
+        self._views = views(config, stored, tensor_names(config.architecture))
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: view.shape for name, view in self._views.items()}
+
+    def stored_name(self, name: str) -> str:
+        """The file's name of the tensor that ours is, or is part of."""
+        return self._views[name].name
+
+    def stored_type(self, name: str) -> Type:
+        """The ggml type that it is stored in."""
+        return self._file.tensors[self._views[name].name].type
+
+    def kind(self, name: str) -> Type:
+        """The ggml type of the rows of a tensor of ours: where they are columns of the file's, of single weights."""
+        stored = self.stored_type(name)
+        return Type.F32 if self._views[name].turned and stored not in _SINGLE else stored
 
     def vector(self, name: str) -> Floats:
         """See WeightSource."""
-        info = self._file.tensors[name]
-        vector = ggml.to_float(self._file.read(name), info.type, (math.prod(info.shape),))
+        view = self._views[name]
+        info = self._file.tensors[view.name]
+        vector = ggml.to_float(self._file.read(view.name), info.type, (math.prod(info.shape),))
+        vector = np.concatenate([vector[first : first + count] for first, count in view.rows])
         if not np.isfinite(vector).all():
-            raise packing.not_finite(f"{self.path}: the tensor {name}")
+            raise packing.not_finite(f"{self.path}: the tensor {view.name}")
         return vector
 
-    def matrix(self, name: str, first_row: int = 0, n_rows: int | None = None) -> StoredMatrix:
-        """See WeightSource."""
-        n_in = self.shapes[name][-1]
-        n_rows = math.prod(self.shapes[name]) // n_in if n_rows is None else n_rows
-        return self._matrix(name, f"the tensor {name}", first_row, n_rows, first_row)
+    def matrix(self, name: str) -> StoredMatrix:
+        """See WeightSource. A vector is a matrix of one row."""
+        shape = self.shapes[name]
+        return self._matrix(name, "", 0, math.prod(shape) // shape[-1])
 
-    def _matrix(self, name: str, words: str, first_row: int, n_rows: int, shown_row: int) -> StoredMatrix:
-        info = self._file.tensors[name]
+    def _matrix(self, name: str, words: str, first_row: int, n_rows: int) -> StoredMatrix:
+        """Some rows of one of our tensors."""
+        view, n_in = self._views[name], self.shapes[name][-1]
+        rows = (
+            view.rows if view.turned else _between(view.rows, first_row, n_rows) if len(view.shape) > 1 else ((0, 1),)
+        )
+        read = partial(self._read_turned, view.name, n_in) if view.turned else partial(self._read_rows, view.name)
         return StoredMatrix(
-            name=f"{self.path}: {words}",
-            kind=info.type,
-            shape=(n_rows, info.shape[-1]),
+            name=f"{self.path}: the tensor {view.name}{words}",
+            kind=self.kind(name),
+            shape=(n_rows, n_in),
             format=self._format(name),
-            read_rows=lambda first, count: self._file.read_rows(name, first_row + first, count),
-            first_row=shown_row,
+            read_rows=partial(read, rows),
+            first_row=0 if words else rows[0][0],
         )
 
-    def expert(self, layer: int, index: int) -> tuple[StoredMatrix, StoredMatrix, StoredMatrix]:
+    def _read_rows(self, name: str, rows: Rows, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """Some of these rows of a tensor of the file."""
+        parts = [self._file.read_rows(name, *stretch) for stretch in _between(rows, first, count)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_turned(self, name: str, n_in: int, rows: Rows, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """Some rows of the transposed stretches of a tensor of the file, as single weights."""
+        info = self._file.tensors[name]
+        n_out = info.shape[-1]  # of one stretch, transposed
+        parts = []
+        for number in range(first // n_out, -(-(first + count) // n_out)):
+            start = rows[0][0] + (rows[1][0] - rows[0][0]) * number if len(rows) > 1 else rows[0][0]
+            raw = self._file.read_rows(name, start, n_in)
+            kind = _SINGLE.get(info.type)
+            block = ggml.to_float(raw.reshape(-1), info.type, (n_in, n_out)) if kind is None else raw.view(kind)
+            parts.append(np.ascontiguousarray(block.T))
+        skipped = first // n_out * n_out
+        return np.concatenate(parts)[first - skipped : first - skipped + count].view(np.uint8)
+
+    def expert(self, layer: int, index: int) -> tuple[MatrixSource, MatrixSource, MatrixSource]:
         """See WeightSource."""
         made = []
         for part in PROJECTIONS:
             name = f"blk.{layer}.ffn_{part}_exps.weight"
             n_rows = self.shapes[name][-2]
-            made.append(self._matrix(name, f"the tensor {name}, expert {index}", index * n_rows, n_rows, 0))
+            made.append(self._matrix(name, f", expert {index}", index * n_rows, n_rows))
         return made[0], made[1], made[2]
 
     def embedding(self, tokens: list[int]) -> Floats:
@@ -110,23 +155,35 @@ class FileSource:
 
     def _format(self, name: str) -> Format:
         """The format that a tensor's matrices are packed to."""
-        return ggml.format_for(self._file.tensors[name].type, decode_to_f32=self._decode_to_f32)
+        return ggml.format_for(self.kind(name), decode_to_f32=self._decode_to_f32)
 
     def sizes_of(self, name: str) -> dict[Format, int]:
         """See WeightSource."""
-        info = self._file.tensors[name]
-        if len(info.shape) == 1 or name.endswith(".bias"):
-            return {F32: 4 * math.prod(info.shape)}
-        n_out, n_in = info.shape[-2:]
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            return {F32: 4 * shape[0]}
+        n_out, n_in = shape[-2:]
         format = self._format(name)
-        return {format: math.prod(info.shape[:-2]) * format.matrix_bytes(n_out, n_in)}
+        return {format: math.prod(shape[:-2]) * format.matrix_bytes(n_out, n_in)}
 
     def packing_bytes(self, name: str) -> int:
         """See WeightSource."""
-        info = self._file.tensors[name]
-        if len(info.shape) == 1:
-            return info.n_bytes + 4 * info.shape[0]
-        return packing.packing_bytes(info.type, info.shape[-2], info.shape[-1])
+        info, shape = self._file.tensors[self._views[name].name], self.shapes[name]
+        if len(shape) == 1:
+            return info.n_bytes + 4 * math.prod(info.shape)
+        turned = 8 * shape[-1] * info.shape[-1] if self._views[name].turned else 0
+        return packing.packing_bytes(self.kind(name), shape[-2], shape[-1]) + turned
+
+
+def _between(rows: Rows, first: int, count: int) -> Rows:
+    """The stretches that rows first, first + 1, ... of these are."""
+    found, start = [], 0
+    for begin, n in rows:
+        low, high = max(first, start), min(first + count, start + n)
+        if low < high:
+            found.append((begin + low - start, high - low))
+        start += n
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -219,10 +276,10 @@ class BundleSource:
         self._bundle.read_tensor(name, vector.view(np.uint8))
         return vector
 
-    def matrix(self, name: str, first_row: int = 0, n_rows: int | None = None) -> BundledTensor:
-        """See WeightSource; only whole tensors are asked for, since attn_qkv was split when it was packed."""
+    def matrix(self, name: str) -> BundledTensor:
+        """See WeightSource."""
         tensor = self._bundle.tensors[name]
-        if len(tensor.shape) != 2 or first_row or n_rows not in (None, tensor.shape[0]):
+        if len(tensor.shape) != 2:
             raise ModelFileError(f"{self.path}: the tensor {name} {tensor.shape} is no matrix; pack the model again")
         return BundledTensor(self._bundle, name, (tensor.shape[0], tensor.shape[1]), tensor.format)
 

@@ -5,23 +5,47 @@ Every tensor of the file must be asked for by somebody: one that is left over co
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from edgert.devices.base import Device, ExpertWeights, LayerWeights, Linear, Table
+from edgert.architectures import optional_tensors
+from edgert.devices.base import (
+    AttentionWeights,
+    ConvolutionWeights,
+    DeltaWeights,
+    Device,
+    ExpertBiases,
+    ExpertWeights,
+    LatentWeights,
+    LayerWeights,
+    Linear,
+    Mixer,
+    Norm,
+    Table,
+)
 from edgert.errors import ModelFileError, UnsupportedError
 from edgert.quant import ggml
 from edgert.quant.formats import Format, MatrixSource
 from edgert.storage.bundle import Bundle
 from edgert.storage.tensor_file import TensorFile
+from edgert.tensor_table import (
+    DIVISORS,
+    EMBEDDING,
+    HEAD,
+    LONG_DIVISORS,
+    SHORT_DIVISORS,
+    Shapes,
+    layer_tensors,
+    model_tensors,
+    optional_layer_tensors,
+    optional_model_tensors,
+)
 from edgert.types import Floats, ModelConfig
 from edgert.weight_sources import BundleSource, FileSource, WeightSource
 
 Progress = Callable[[str, float], None]  # called with (stage, fraction from 0 to 1)
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 def silent(stage: str, fraction: float) -> None:
@@ -51,7 +75,11 @@ class Weights:
         """source: what to read of `file`, by default its own weights."""
         self.file, self.config = file, config
         if source is None:
-            source = BundleSource(file) if isinstance(file, Bundle) else FileSource(file, decode_to_f32=decode_to_f32)
+            source = (
+                BundleSource(file)
+                if isinstance(file, Bundle)
+                else FileSource(file, config, decode_to_f32=decode_to_f32)
+            )
         self._source = source
         self.shapes = self._source.shapes  # of every tensor, hot and cold, by name
         self._path = file.path
@@ -67,19 +95,21 @@ class Weights:
                 f"{self._path}: {c.architecture}.block_count is {c.n_layers}, but the file has only "
                 f"{len(self.shapes)} tensors; the file is damaged or made wrongly"
             )
-        self._wanted: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (c.n_vocab, c.d_model),
-            "output_norm.weight": (c.d_model,),
-        }
-        if HEAD in self.shapes:
-            self._wanted[HEAD] = (c.n_vocab, c.d_model)
-        if "rope_freqs.weight" in self.shapes:
-            self._wanted["rope_freqs.weight"] = (c.rope.n_rotated // 2,)
+        self._wanted = {**model_tensors(c), **self._there(optional_model_tensors(c))}
+        self._optional_tensors = optional_tensors(c.architecture)
         for layer in range(c.n_layers):
-            self._wanted |= {
-                f"blk.{layer}.{name}": shape for name, shape in layer_shapes(self.config, layer, self.shapes).items()
-            }
+            self._wanted |= {f"blk.{layer}.{name}": shape for name, shape in self._layer_shapes(layer).items()}
         self._check()
+
+    def _there(self, optional: Shapes, prefix: str = "") -> Shapes:
+        """Those of some tensors that there are."""
+        return {name: shape for name, shape in optional.items() if f"{prefix}{name}" in self.shapes}
+
+    def _layer_shapes(self, layer: int) -> Shapes:
+        """Names of a layer's tensors, without their prefix, and the shapes they must have."""
+        shapes = layer_tensors(self.config, layer)
+        optional = {name: shapes.pop(name) for name in self._optional_tensors & shapes.keys()}
+        return shapes | self._there(optional | optional_layer_tensors(self.config, layer), f"blk.{layer}.")
 
     def _check(self) -> None:
         for name, shape in self._wanted.items():
@@ -93,28 +123,28 @@ class Weights:
                 raise ModelFileError(
                     f"{self._path}: the tensor {name} is missing; the file is incomplete, download or convert it again"
                 )
-            if found != shape and math.prod(found) == math.prod(shape) == shape[-1]:
-                continue  # a vector stored as a matrix of one row
+            if found == (1, *shape):
+                continue  # a vector that a bundle has as a matrix
             if found != shape:
                 raise ModelFileError(
                     f"{self._path}: the tensor {name} has shape {found}, but the metadata ask for {shape}; "
                     "the file is damaged or made wrongly"
                 )
         for name, shape in self.shapes.items():
-            if not isinstance(self.file, Bundle):
-                self._check_type(name, self.file)
+            if isinstance(self._source, FileSource):
+                self._check_type(name, self._source)
             if name not in self._wanted:
                 raise UnsupportedError(
                     f"{self._path}: the tensor {name} {shape} is not one that edgert uses for "
                     f"{self.config.architecture!r}; it may change the answers"
                 )
 
-    def _check_type(self, name: str, file: TensorFile) -> None:
-        kind = file.tensors[name].type
+    def _check_type(self, name: str, source: FileSource) -> None:
+        kind = source.stored_type(name)
         if not ggml.is_decodable(kind):
             raise UnsupportedError(
-                f"{self._path}: the tensor {name} is of type {kind.name}, which edgert cannot read; "
-                "take another quantisation"
+                f"{self._path}: the tensor {source.stored_name(name)} is of type {kind.name}, which edgert cannot "
+                "read; take another quantisation"
             )
 
     # ---- reading -----------------------------------------------------------------------------------------------------
@@ -130,45 +160,86 @@ class Weights:
     def _optional(self, name: str) -> Floats | None:
         return self._source.vector(name) if name in self.shapes else None
 
-    def _query_key_value(self, prefix: str) -> list[Linear]:
-        if f"{prefix}attn_qkv.weight" not in self.shapes:
-            return [
-                Linear(self._source.matrix(f"{prefix}attn_{n}.weight"), self._optional(f"{prefix}attn_{n}.bias"))
-                for n in "qkv"
-            ]
-        c, name = self.config, f"{prefix}attn_qkv.weight"
-        bias = self._optional(f"{prefix}attn_qkv.bias")
-        parts, start = [], 0
-        for rows in (c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.n_kv_heads * c.d_value):
-            of_part = None if bias is None else bias[start : start + rows]
-            parts.append(Linear(self._source.matrix(name, start, rows), of_part))
-            start += rows
-        return parts
+    def _linear(self, name: str) -> Linear:
+        """A matrix, and its bias where there is one."""
+        return Linear(self._source.matrix(f"{name}.weight"), self._optional(f"{name}.bias"))
+
+    def _linear_if_there(self, name: str) -> Linear | None:
+        return self._linear(name) if f"{name}.weight" in self.shapes else None
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self._source.vector(f"{name}.weight"), self._optional(f"{name}.bias"))
+
+    def _taps(self, name: str) -> Floats:
+        """Taps of a convolution, (n_taps, n_channels)."""
+        n_taps = self.config.delta.n_taps if self.config.delta else self.config.n_taps
+        return np.ascontiguousarray(self._source.vector(name).reshape(-1, n_taps).T)
 
     def layer(self, index: int) -> LayerWeights:
         """Hot weights of a layer."""
         prefix, c = f"blk.{index}.", self.config
-        query, key, value = self._query_key_value(prefix)
-        shared = None
-        if c.d_shared:
-            suffix = "_shexp" if c.router else ""
+        routed, shared, biases = c.has_experts(index), None, None
+        if c.d_always(index):
+            suffix = "_shexp" if routed else ""
             shared = ExpertWeights(
                 *(self._source.matrix(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down"))
             )
+        if routed and c.expert_bias:
+            assert c.router is not None
+            parts = (self._source.vector(f"{prefix}ffn_{part}_exps.bias") for part in ("gate", "up", "down"))
+            biases = ExpertBiases(*(part.reshape(c.router.n_expert, -1) for part in parts))
         return LayerWeights(
-            attention_norm=self._source.vector(f"{prefix}attn_norm.weight"),
-            query=query,
-            key=key,
-            value=value,
-            output=Linear(
-                self._source.matrix(f"{prefix}attn_output.weight"), self._optional(f"{prefix}attn_output.bias")
-            ),
-            feed_forward_norm=self._source.vector(f"{prefix}ffn_norm.weight"),
-            query_norm=self._source.vector(f"{prefix}attn_q_norm.weight") if c.qk_norm != "none" else None,
-            key_norm=self._source.vector(f"{prefix}attn_k_norm.weight") if c.qk_norm != "none" else None,
-            router=self._source.matrix(f"{prefix}ffn_gate_inp.weight") if c.router else None,
+            mixer_norm=self._norm(f"{prefix}attn_norm"),
+            mixer=self._mixer(prefix, c.layer(index).mixer),
+            feed_forward_norm=self._norm(f"{prefix}ffn_norm"),
+            router=self._linear(f"{prefix}ffn_gate_inp") if routed else None,
+            choice_bias=self._optional(f"{prefix}exp_probs_b.bias"),
             shared=shared,
-            shared_gate=self._source.matrix(f"{prefix}ffn_gate_inp_shexp.weight") if c.shared_gate else None,
+            shared_gate=self._source.matrix(f"{prefix}ffn_gate_inp_shexp.weight") if c.shared_gate and routed else None,
+            expert_biases=biases,
+        )
+
+    def _mixer(self, prefix: str, kind: str) -> Mixer:
+        """The weights of what lets a token see those before it."""
+        if kind == "convolution":
+            return ConvolutionWeights(
+                input=self._linear(f"{prefix}shortconv.in_proj"),
+                taps=self._taps(f"{prefix}shortconv.conv.weight"),
+                output=self._linear(f"{prefix}shortconv.out_proj"),
+            )
+        if kind == "delta":
+            return DeltaWeights(
+                input=self._linear(f"{prefix}attn_qkv"),
+                gate=self._linear(f"{prefix}attn_gate"),
+                beta=self._linear(f"{prefix}ssm_beta"),
+                alpha=self._linear(f"{prefix}ssm_alpha"),
+                taps=self._taps(f"{prefix}ssm_conv1d.weight"),
+                decay=self._source.vector(f"{prefix}ssm_a"),
+                step_bias=self._source.vector(f"{prefix}ssm_dt.bias"),
+                norm=self._source.vector(f"{prefix}ssm_norm.weight"),
+                output=self._linear(f"{prefix}ssm_out"),
+            )
+        if self.config.latent:
+            has_rank = self.config.latent.query_rank > 0
+            return LatentWeights(
+                query=self._linear(f"{prefix}{'attn_q_b' if has_rank else 'attn_q'}"),
+                latent=self._linear(f"{prefix}attn_kv_a_mqa"),
+                latent_norm=self._source.vector(f"{prefix}attn_kv_a_norm.weight"),
+                key_up=self._source.matrix(f"{prefix}attn_k_b.weight"),
+                value_up=self._source.matrix(f"{prefix}attn_v_b.weight"),
+                output=self._linear(f"{prefix}attn_output"),
+                query_down=self._linear_if_there(f"{prefix}attn_q_a"),
+                query_norm=self._optional(f"{prefix}attn_q_a_norm.weight"),
+            )
+        return AttentionWeights(
+            query=self._linear(f"{prefix}attn_q"),
+            key=self._linear(f"{prefix}attn_k"),
+            value=self._linear(f"{prefix}attn_v"),
+            output=self._linear(f"{prefix}attn_output"),
+            query_norm=self._optional(f"{prefix}attn_q_norm.weight"),
+            key_norm=self._optional(f"{prefix}attn_k_norm.weight"),
+            gate=self._linear_if_there(f"{prefix}attn_q_gate"),
+            sinks=self._optional(f"{prefix}attn_sinks.weight"),
         )
 
     def experts(self, layer: int) -> Iterator[ExpertWeights]:
@@ -182,20 +253,14 @@ class Weights:
         return ExpertWeights(*self._source.expert(layer, index))
 
     def hot(self) -> Iterator[HotTensor]:
-        """All that is always resident, by the names that a bundle has: attn_qkv split, the head always there."""
+        """All that is always resident, by the names of tensor_table, the head always there."""
         c = self.config
         for layer in range(c.n_layers):
-            prefix = f"blk.{layer}."
-            for part, linear in zip("qkv", self._query_key_value(prefix), strict=True):
-                yield HotTensor(f"{prefix}attn_{part}.weight", linear.matrix.shape, linear.matrix, None)
-                if linear.bias is not None:
-                    bias, name = linear.bias, f"{prefix}attn_{part}.bias"
-                    yield HotTensor(name, bias.shape, None, lambda bias=bias: bias)  # type: ignore[misc]   # bound early
-            for name in layer_shapes(self.config, layer, self.shapes):
-                if not self.is_cold(name) and not name.startswith(("attn_q.", "attn_k.", "attn_v.", "attn_qkv.")):
-                    yield self._hot(f"{prefix}{name}")
-        for name in ("rope_freqs.weight", "output_norm.weight"):
-            if name in self.shapes:
+            for name in self._layer_shapes(layer):
+                if not self.is_cold(name):
+                    yield self._hot(f"blk.{layer}.{name}")
+        for name in {**optional_model_tensors(c), **model_tensors(c)}:
+            if name in self.shapes and name not in (EMBEDDING, HEAD):
                 yield self._hot(name)
         head = self.head()[1].matrix
         yield HotTensor(HEAD, head.shape, head, None)
@@ -216,7 +281,7 @@ class Weights:
         for layer in range(config.n_layers):
             progress("loading weights", layer / (config.n_layers + 1))
             device.add_layer(self.layer(layer))
-            table = device.new_table(config.router.n_expert) if config.router else None
+            table = device.new_table(config.router.n_expert) if config.router and config.has_experts(layer) else None
             if table is not None and experts:
                 for index, expert in enumerate(self.experts(layer)):
                     table[index] = device.pack_expert(expert)
@@ -225,14 +290,20 @@ class Weights:
         device.set_head(*self.head())
         return tables
 
-    def head(self) -> tuple[Floats, Linear]:
+    def head(self) -> tuple[Norm, Linear]:
         """The final norm and the output head, which is the embedding table where there is no other."""
         name = HEAD if HEAD in self.shapes else EMBEDDING
-        return self._source.vector("output_norm.weight"), Linear(self._source.matrix(name))
+        return self._norm("output_norm"), Linear(self._source.matrix(name), self._optional("output.bias"))
 
-    def rope_divisors(self) -> Floats | None:
-        """Divisors of the rotation's frequencies (n_rotated / 2,), where the file has them."""
-        return self._optional("rope_freqs.weight")
+    def rope_divisors(self, n_context: int = 0) -> Floats | None:
+        """Divisors of the rotation's frequencies (n_rotated / 2,), where the file has them.
+
+        n_context: positions that there will be; beyond the model's original ones, others may apply.
+        """
+        rope = self.config.rope
+        if rope.scaling == "longrope":
+            return self._optional(LONG_DIVISORS if n_context > rope.original_context else SHORT_DIVISORS)
+        return self._optional(DIVISORS)
 
     def embed(self, tokens: list[int]) -> Floats:
         """Embedding rows (n_tokens, d_model), read from the file and scaled."""
@@ -257,53 +328,3 @@ class Weights:
         """Whether a tensor stays in the file: an embedding table that is not the head too."""
         return name == EMBEDDING and HEAD in self.shapes
 
-
-def layer_shapes(config: ModelConfig, layer: int, there: Container[str]) -> dict[str, tuple[int, ...]]:
-    """Names of a layer's tensors, without their prefix, and the shapes they must have.
-
-    there: names of a file's tensors, which decide what is optional, and whether q, k and v are one.
-    """
-    c = config
-    q, k, v = c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.n_kv_heads * c.d_value
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_norm.weight": (c.d_model,),
-        "ffn_norm.weight": (c.d_model,),
-        "attn_output.weight": (c.d_model, c.n_heads * c.d_value),
-    }
-    optional: dict[str, tuple[int, ...]] = {
-        "attn_output.bias": (c.d_model,),
-        "attn_q.bias": (q,),
-        "attn_k.bias": (k,),
-        "attn_v.bias": (v,),
-        "attn_qkv.bias": (q + k + v,),
-    }
-    if f"blk.{layer}.attn_qkv.weight" in there:
-        shapes["attn_qkv.weight"] = (q + k + v, c.d_model)
-    else:
-        shapes |= {
-            "attn_q.weight": (q, c.d_model),
-            "attn_k.weight": (k, c.d_model),
-            "attn_v.weight": (v, c.d_model),
-        }
-    if c.qk_norm == "head":
-        shapes |= {"attn_q_norm.weight": (c.d_head,), "attn_k_norm.weight": (c.d_head,)}
-    elif c.qk_norm == "vector":
-        shapes |= {"attn_q_norm.weight": (q,), "attn_k_norm.weight": (k,)}
-    if c.router:
-        e, f = c.router.n_expert, c.d_expert
-        shapes |= {
-            "ffn_gate_inp.weight": (e, c.d_model),
-            "ffn_gate_exps.weight": (e, f, c.d_model),
-            "ffn_up_exps.weight": (e, f, c.d_model),
-            "ffn_down_exps.weight": (e, c.d_model, f),
-        }
-    if c.d_shared:
-        suffix = "_shexp" if c.router else ""
-        shapes |= {
-            f"ffn_gate{suffix}.weight": (c.d_shared, c.d_model),
-            f"ffn_up{suffix}.weight": (c.d_shared, c.d_model),
-            f"ffn_down{suffix}.weight": (c.d_model, c.d_shared),
-        }
-    if c.shared_gate:
-        shapes["ffn_gate_inp_shexp.weight"] = (c.d_model,)
-    return shapes | {name: shape for name, shape in optional.items() if f"blk.{layer}.{name}" in there}

@@ -175,6 +175,12 @@ class Matrix:
         """Itself; see MatrixSource."""
         return self
 
+    def some_rows(self, first: int, count: int) -> Matrix:
+        """Rows first, first + 1, ... as a matrix."""
+        tables = (self.scales, self.minima, self.super_scales, self.super_minima)
+        parts = (None if table is None else table[first : first + count] for table in tables)
+        return Matrix(self.format, self.values[first : first + count], *parts)  # type: ignore[arg-type]   # their types
+
     def integers(self) -> npt.NDArray[np.int16]:
         """What the stored integers stand for, int16 (n_out, n_in): less the offset, or looked up in the table."""
         if self.format.table:

@@ -35,6 +35,8 @@ from edgert.quant.tile_kernels import GROUP_BYTES
 _LOG2_E, _LN2_HIGH, _LN2_LOW = reference.LOG2_E, -reference.LN2_HIGH, -reference.LN2_LOW
 _LOWEST, _HIGHEST = reference.EXP_LOWEST, reference.EXP_HIGHEST
 _P5, _P4, _P3, _P2, _P1, _P0 = reference.EXP_COEFFICIENTS
+_L7, _L6, _L5, _L4, _L3, _L2, _L1, _L0 = reference.LOG_COEFFICIENTS
+_LOG_BASE = np.float32(2)
 _TINY = reference.SMALLEST_GROUP
 _SILU, _GELU, _ = range(len(reference.ACTIVATIONS))
 _GELU_CUBE, _GELU_SCALE = reference.GELU_CUBE, reference.GELU_SCALE
@@ -87,13 +89,51 @@ def activate(gate: Any, up: Any, activation: int) -> Any:
 
 
 @inner
-def rms_norm(x: int, weight: int, out: int, n: int, eps: float) -> None:
-    """Norm one row of n floats at address `x` into `out`; see reference.rms_norm."""
+def softplus(x: Any) -> Any:
+    """log(1 + e**x) of 16 lanes; see reference.softplus."""
+    u = exp(splat(_ZERO) - absolute(x))
+    f = u / (u + splat(_LOG_BASE))
+    square = f * f
+    p = fma(splat(_L7), square, splat(_L6))
+    p = fma(p, square, splat(_L5))
+    p = fma(p, square, splat(_L4))
+    p = fma(p, square, splat(_L3))
+    p = fma(p, square, splat(_L2))
+    p = fma(p, square, splat(_L1))
+    p = fma(p, square, splat(_L0))
+    twice = f + f
+    return maximum(x, splat(_ZERO)) + fma(p, square * twice, twice)
+
+
+@inner
+def sum_of_squares(x: int, n: int) -> float:
+    """Of n floats at an address; see reference.sum_of_squares."""
     lanes = splat(_ZERO)
     for i in range(0, 4 * n, 64):
         part = load_f32(x + i)
         lanes = fma(part, part, lanes)
-    mean = sum_lanes(lanes) / np.float32(n)
+    return sum_lanes(lanes)
+
+
+@inner
+def add_row(out: int, added: int, n: int) -> None:
+    """Add n floats at an address to those at `out`."""
+    for i in range(0, 4 * n, 64):
+        store_f32(out + i, load_f32(out + i) + load_f32(added + i))
+
+
+@inner
+def unit_norm(x: int, n: int, eps: float, factor: float) -> None:
+    """Divide n floats by their length, then multiply with a factor, in place; see reference.unit_norm."""
+    scale = splat(_ONE / np.float32(np.sqrt(np.float32(sum_of_squares(x, n) + np.float32(eps)))))
+    for i in range(0, 4 * n, 64):
+        store_f32(x + i, (load_f32(x + i) * scale) * splat(np.float32(factor)))
+
+
+@inner
+def rms_norm(x: int, weight: int, out: int, n: int, eps: float) -> None:
+    """Norm one row of n floats at address `x` into `out`; see reference.rms_norm."""
+    mean = sum_of_squares(x, n) / np.float32(n)
     scale = splat(_ONE / np.float32(np.sqrt(np.float32(mean + np.float32(eps)))))
     for i in range(0, 4 * n, 64):
         store_f32(out + i, (load_f32(x + i) * scale) * load_f32(weight + i))

@@ -160,14 +160,17 @@ def _put_one(matrix: int, rows: int, row_ids: int, row: int, out: int) -> None:
 
 
 @inner
-def multiply_blocks(matrix: int, blocks: int, count: int, tile: int, n_tiles: int, out: int, stride: int) -> None:
+def multiply_blocks(
+    matrix: int, blocks: int, count: int, tile: int, n_tiles: int, out: int, stride: int, bias: int
+) -> None:
     """`count` rows that put_rows left at `blocks`, times some tiles of a matrix: floats at `out`, rows `stride` apart.
 
-    `out` is the place of the first tile's outputs. Up to 7 rows behind the last are written too.
+    `out` is the place of the first tile's outputs. Up to 7 rows behind the last are written too. bias: of all tiles,
+    or 0.
     """
     m = at(matrix, MATRIX)
     tiles = m.address + tile * m.tile_bytes
-    bias = m.bias + 64 * tile if m.bias else 0
+    bias = bias + 64 * tile if bias else 0
     size, eights = row_bytes(matrix), count // 8
     rest = count - 8 * eights
     if rest > 4:
@@ -181,11 +184,11 @@ def multiply_blocks(matrix: int, blocks: int, count: int, tile: int, n_tiles: in
 
 
 @inner
-def multiply_row(matrix: int, rows: int, row: int, tile: int, n_tiles: int, out: int) -> None:
-    """One row of activations times some tiles of a matrix: 16 floats a tile at `out`."""
+def multiply_row(matrix: int, rows: int, row: int, tile: int, n_tiles: int, out: int, bias: int) -> None:
+    """One row of activations times some tiles of a matrix: 16 floats a tile at `out`. bias: of all tiles, or 0."""
     m, r = at(matrix, MATRIX), at(rows, ROWS)
     x = r.floats + 4 * row * r.stride if m.floats else r.groups + row * r.group_stride
-    bias = m.bias + 64 * tile if m.bias else 0
+    bias = bias + 64 * tile if bias else 0
     call(m.kernel1, (m.address + tile * m.tile_bytes, n_tiles, m.n_in, x, 1, out, 0, bias))
 
 
@@ -201,10 +204,10 @@ def multiply(
     if n_tiles <= 0:
         return
     if count == 1:
-        multiply_row(matrix, rows, first, tile, n_tiles, out + 64 * tile)
+        multiply_row(matrix, rows, first, tile, n_tiles, out + 64 * tile, at(matrix, MATRIX).bias)
         return
-    step = rows_at_once(matrix)
+    bias, step = at(matrix, MATRIX).bias, rows_at_once(matrix)
     for done in range(0, count, step):
         n = min(step, count - done)
         put_rows(matrix, rows, 0, first + done, n, scratch)
-        multiply_blocks(matrix, scratch, n, tile, n_tiles, out + 64 * tile + 4 * done * stride, stride)
+        multiply_blocks(matrix, scratch, n, tile, n_tiles, out + 64 * tile + 4 * done * stride, stride, bias)

@@ -78,6 +78,22 @@ def silu(x: Array) -> Array:
     return x / (np.float32(1.0) + exp(-x))
 
 
+# log(1 + u) = 2 f (1 + f**2 / 3 + f**4 / 5 + ...) with f = u / (2 + u), at most 1/3 for u up to 1; highest power first
+LOG_COEFFICIENTS = tuple(np.float32(1.0 / n) for n in (17, 15, 13, 11, 9, 7, 5, 3))
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + e**x), float32, relative error below 1e-6: the larger of x and 0, and log(1 + e**-|x|)."""
+    u = exp(-np.abs(x))
+    f = u / (u + np.float32(2.0))
+    square = f * f
+    p = np.full_like(square, LOG_COEFFICIENTS[0])
+    for coefficient in LOG_COEFFICIENTS[1:]:
+        p = fma(p, square, coefficient)
+    twice = f + f
+    return np.maximum(x, np.float32(0.0)) + fma(p, square * twice, twice)
+
+
 ACTIVATIONS = ("silu", "gelu", "swiglu-oss")
 GELU_CUBE, GELU_SCALE = np.float32(0.044715), np.float32(1.5957691216)  # the second is 2 * sqrt(2 / pi)
 OSS_LIMIT, OSS_ALPHA = np.float32(7.0), np.float32(1.702)
@@ -99,8 +115,8 @@ def activate(gate: Array, up: Array, activation: str) -> Array:
     return (gate * sigmoid(gate * OSS_ALPHA)) * (up + np.float32(1.0))
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """(x / sqrt(mean(x**2) + eps)) * weight over the last axis of (n, d)."""
+def sum_of_squares(x: Array) -> Array:
+    """Over the last axis of (n, d), in 16 lanes."""
     n, d = x.shape
     padded = np.zeros((n, -(-d // 16) * 16), np.float32)
     padded[:, :d] = x
@@ -108,9 +124,20 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     for start in range(0, d, 16):
         part = padded[:, start : start + 16]
         lanes = fma(part, part, lanes)
-    mean = sum_lanes(lanes) / np.float32(d)
+    return sum_lanes(lanes)
+
+
+def rms_norm(x: Array, weight: Array, eps: float, bias: Array | None = None) -> Array:
+    """(x / sqrt(mean(x**2) + eps)) * weight over the last axis of (n, d), plus a bias if there is one."""
+    mean = sum_of_squares(x) / np.float32(x.shape[1])
     scale = np.float32(1.0) / np.sqrt(mean + np.float32(eps))
-    return (x * scale[:, None]) * weight
+    normed = (x * scale[:, None]) * weight
+    return normed if bias is None else normed + bias
+
+
+def unit_norm(x: Array, eps: float) -> Array:
+    """x / sqrt(sum(x**2) + eps) over the last axis of (n, d)."""
+    return x * (np.float32(1.0) / np.sqrt(sum_of_squares(x) + np.float32(eps)))[:, None]
 
 
 def quantise_activations(x: Array) -> tuple[npt.NDArray[np.int8], Array]:

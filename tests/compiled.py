@@ -10,11 +10,9 @@ from edgert.quant.jit import kernel
 
 
 @kernel
-def choose_row(
-    scores: Any, softmax: bool, normalise: bool, scale: float, probabilities: Any, ids: Any, weights: Any, order: Any
-) -> None:
+def choose_row(scores: Any, router: int, bias: int, work: Any, ids: Any, weights: Any, order: Any) -> None:
     """See routing.choose_row."""
-    routing.choose_row(scores, softmax, normalise, scale, probabilities, ids, weights, order)
+    routing.choose_row(scores, router, bias, work, ids, weights, order)
 
 
 @kernel

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgert.architectures import read_config
+from edgert.architectures import read_config, supported
 from edgert.devices.cpu import CpuDevice
 from edgert.engine import Engine, Session
 from edgert.experts.residency import AllResident
@@ -18,13 +18,13 @@ from edgert.weights import Weights
 HERE = Path(__file__).resolve().parent
 OWN = HERE / "golden"
 SHARED = HERE.parents[1] / "shared" / "golden" / "open"
-ARCHITECTURES = ("granitemoe", "llama", "olmoe", "qwen2moe", "qwen3moe")
+ARCHITECTURES = tuple(supported())
 
 
 def golden_names() -> list[str]:
     """Names of all golden fixtures of the supported architectures: ours, and the shared ones where present."""
     found = {path.stem for folder in (OWN, SHARED) if folder.is_dir() for path in folder.glob("*.npz")}
-    return sorted(name for name in found if name.partition("-")[0] in ARCHITECTURES)
+    return sorted(name for name in found if name.startswith(tuple(f"{one}-" for one in ARCHITECTURES)))
 
 
 def golden_path(name: str) -> Path:
@@ -55,7 +55,7 @@ def engine_of(
         config = read_config(file.metadata, str(path))
         weights = Weights(file, config, decode_to_f32=activations == "f32")
         made = device(
-            config, n_context, threads=threads, activations=activations, rope_divisors=weights.rope_divisors()
+            config, n_context, threads=threads, activations=activations, rope_divisors=weights.rope_divisors(n_context)
         )
         tables = weights.load_into(made, lambda stage, fraction: None)
         table = weights.embed(list(range(config.n_vocab)))

@@ -25,7 +25,25 @@ def metadata(name: str = "qwen3moe-f32") -> dict[str, Any]:
 
 
 def test_supported_architectures_are_found() -> None:
-    assert supported() == ["granitemoe", "llama", "olmoe", "qwen2moe", "qwen3moe"]
+    assert supported() == [
+        "bailingmoe2",
+        "deepseek2",
+        "dots1",
+        "ernie4_5-moe",
+        "glm4moe",
+        "gpt-oss",
+        "granitemoe",
+        "hunyuan-moe",
+        "lfm2moe",
+        "llama",
+        "llama4",
+        "olmoe",
+        "phimoe",
+        "qwen2moe",
+        "qwen35moe",
+        "qwen3moe",
+        "qwen3next",
+    ]
 
 
 @pytest.mark.parametrize(

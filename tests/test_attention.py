@@ -14,17 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.devices import attention, attention_blocks, attention_products, kv_cache, reference
+from edgert.devices import attention, attention_blocks, attention_products, kv_cache
+from edgert.devices import reference_attention as reference
 from edgert.devices.attention_heads import HEAD_NORM, NO_NORM, VECTOR_NORM
-from edgert.devices.base import rope_angles
+from edgert.devices.base import query_factors, rope_angles
 from edgert.devices.kv_cache import KvCache
 from edgert.devices.threads import ThreadPool
 from edgert.errors import OptionError
 from edgert.quant.records import address_of
-from edgert.types import Floats, ModelConfig, RopeConfig
+from edgert.types import Floats, LayerConfig, ModelConfig, RopeConfig
 
 THREADS = (1, 2, 3, 5)
-_NORMS = {"none": NO_NORM, "head": HEAD_NORM, "vector": VECTOR_NORM}
+_NORMS = {"none": NO_NORM, "head": HEAD_NORM, "unit": HEAD_NORM, "vector": VECTOR_NORM}
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -68,14 +69,24 @@ class Layer:
     """One layer's attention, compiled, all its buffers guarded; and the same in the reference."""
 
     def __init__(
-        self, config: ModelConfig, n_context: int, kv_type: str, window: int, threads: int, seed: int = 0
+        self,
+        config: ModelConfig,
+        n_context: int,
+        kv_type: str,
+        kind: LayerConfig | int,
+        threads: int,
+        seed: int = 0,
     ) -> None:
-        self.c, self.window, self.threads, self.memory = config, window, threads, Guarded()
+        self.kind = kind if isinstance(kind, LayerConfig) else LayerConfig(window=kind)
+        self.c, self.threads, self.memory = config, threads, Guarded()
         random = np.random.default_rng(seed)
         sizes = (config.d_head,) * 2
         if config.qk_norm == "vector":
             sizes = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         self.norms = [random.standard_normal(n).astype(np.float32) for n in sizes]
+        if config.qk_norm == "unit":
+            self.norms = [np.ones(n, np.float32) for n in sizes]
+        self.sinks = random.standard_normal(config.n_heads).astype(np.float32) if config.sinks else None
         norms = [self.memory.floats(norm, 16).ctypes.data for norm in self.norms]
         self.angles = rope_angles(config, n_context, None)
         self.cache = KvCache(config, n_context, kv_type)
@@ -88,7 +99,10 @@ class Layer:
         for name in ("n_heads", "n_kv_heads", "d_head", "d_value", "eps", "attention_scale"):
             self.layer[name] = getattr(config, name)
         self.layer["n_rotated"], self.layer["neox"] = config.rope.n_rotated, config.rope.kind == "neox"
-        self.layer["qk_norm"], self.layer["window"] = _NORMS[config.qk_norm], window
+        self.layer["qk_norm"], self.layer["window"] = _NORMS[config.qk_norm], self.kind.window
+        self.layer["norm_late"], self.layer["span"] = config.norm_late, self.kind.span
+        if self.sinks is not None:
+            self.layer["sinks"] = self.memory.floats(self.sinks).ctypes.data
         self.layer["query_norm"], self.layer["key_norm"] = norms
         self.n_context = n_context
 
@@ -106,6 +120,8 @@ class Layer:
         for name, buffer in zip(("query", "key", "value", "out"), (*rows, out), strict=True):
             job[name], job[f"{name}_stride"] = buffer.ctypes.data, buffer.size // n
         job["angles"], job["n_tokens"], job["start"] = angles.ctypes.data, n, start
+        if self.kind.tempered:
+            job["query_factors"] = self.memory.floats(query_factors(c, start, n)).ctypes.data
         for name, record in (("scratch", scratch), ("attention", self.layer), ("cache", self.cache.records)):
             job[name] = record.ctypes.data
         before = [buffer.tobytes() for buffer in rows]
@@ -117,7 +133,9 @@ class Layer:
         """The same in NumPy."""
         angles = self.angles[start : start + len(query)]
         norms = self.norms[0], self.norms[1]
-        return reference.attention(self.c, query, key, value, norms, self.window, angles, self.oracle, 0, start)
+        return reference.attention(
+            self.c, query, key, value, norms, self.kind, angles, self.oracle, 0, start, self.sinks
+        )
 
 
 @functools.cache
@@ -150,7 +168,16 @@ shapes = st.builds(
     d_value=st.sampled_from([3, 16, 32, 40, 64, 80, 144]),
     n_rotated=st.just(0),
     rope=st.sampled_from(["neox", "norm"]),
-    qk_norm=st.sampled_from(["none", "head", "vector"]),
+    qk_norm=st.sampled_from(["none", "head", "vector", "unit"]),
+    norm_late=st.booleans(),
+    sinks=st.booleans(),
+    temperature=st.just((0.1, 9)),
+)
+kinds = st.builds(
+    LayerConfig,
+    window=st.sampled_from([0, 0, 1, 5, 64, 70]),
+    span=st.sampled_from([0, 0, 7, 64, 100]),
+    tempered=st.booleans(),
 )
 
 
@@ -161,15 +188,15 @@ shapes = st.builds(
     st.integers(1, 140),
     st.lists(st.sampled_from([1, 2, 3, 7, 30, 64, 140]), min_size=1, max_size=3),
     st.sampled_from(THREADS),
-    st.sampled_from([0, 0, 1, 5, 64, 70]),
+    kinds,
     st.integers(0, 36),
     st.integers(0, 2**20),
 )
 def test_equals_the_reference(
-    kv_type: str, c: ModelConfig, n: int, sizes: list[int], threads: int, window: int, pairs: int, seed: int
+    kv_type: str, c: ModelConfig, n: int, sizes: list[int], threads: int, kind: LayerConfig, pairs: int, seed: int
 ) -> None:
     c = replace(c, rope=replace(c.rope, n_rotated=min(2 * pairs, c.d_head // 2 * 2)))
-    layer = Layer(c, n + seed % 3, kv_type, window, threads, seed)
+    layer = Layer(c, n + seed % 3, kv_type, kind, threads, seed)
     rows = rows_of(c, n, seed)
     whole = layer.reference(*rows, 0)
     for part in chunks(n, sizes):
@@ -191,7 +218,10 @@ def test_one_token_far_into_a_text(kv_type: str, group: int, heads: int, window:
     layer.oracle.write(0, 0, *(each[: n - 2].reshape(n - 2, heads, -1) for each in rows[1:]))
     angles = layer.angles[: n - 2]
     layer.oracle.write(
-        0, 0, reference._heads(c, rows[1][: n - 2], heads, None, angles), rows[2][: n - 2].reshape(n - 2, heads, -1)
+        0,
+        0,
+        reference._heads(c, LayerConfig(), rows[1][: n - 2], heads, None, angles),
+        rows[2][: n - 2].reshape(n - 2, heads, -1),
     )
     expected = [layer.reference(*(each[t : t + 1] for each in rows), t) for t in (n - 2, n - 1)]
     for answer in answers:

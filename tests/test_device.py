@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_kernels import random_matrix
 
-from edgert.devices.base import ExpertWeights, LayerWeights, Linear
+from edgert.devices.base import AttentionWeights, ExpertWeights, LayerWeights, Linear, Norm
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.reference import ReferenceDevice
 from edgert.engine import Engine, Session
 from edgert.experts.residency import AllResident
 from edgert.quant.formats import FORMATS, Matrix
-from edgert.types import Floats, ModelConfig, RopeConfig, RouterConfig
+from edgert.types import Floats, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 
 N_CONTEXT, N_TOKENS = 96, 34
 
@@ -35,7 +35,7 @@ def config(
 class Weights:
     """Random weights of a configuration: formats of gate, up, down and everything else."""
 
-    def __init__(self, c: ModelConfig, gate: str, up: str, down: str, rest: str, window: int = 0) -> None:
+    def __init__(self, c: ModelConfig, gate: str, up: str, down: str, rest: str) -> None:
         self._seed = 0
 
         def matrix(name: str, n_out: int, n_in: int) -> Matrix:
@@ -54,16 +54,17 @@ class Weights:
         q, kv = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
         self.layers = [
             LayerWeights(
-                attention_norm=vector(c.d_model),
-                query=Linear(matrix(rest, q, c.d_model), vector(q)),
-                key=Linear(matrix(rest, kv, c.d_model)),
-                value=Linear(matrix(rest, kv, c.d_model)),
-                output=Linear(matrix("f16", c.d_model, q)),
-                feed_forward_norm=vector(c.d_model),
-                router=matrix("f32", c.router.n_expert, c.d_model) if c.router else None,
+                mixer_norm=Norm(vector(c.d_model)),
+                mixer=AttentionWeights(
+                    query=Linear(matrix(rest, q, c.d_model), vector(q)),
+                    key=Linear(matrix(rest, kv, c.d_model)),
+                    value=Linear(matrix(rest, kv, c.d_model)),
+                    output=Linear(matrix("f16", c.d_model, q)),
+                ),
+                feed_forward_norm=Norm(vector(c.d_model)),
+                router=Linear(matrix("f32", c.router.n_expert, c.d_model)) if c.router else None,
                 shared=expert(c.d_shared) if c.d_shared else None,
                 shared_gate=matrix("f32", 1, c.d_model) if c.shared_gate else None,
-                window=window,
             )
             for _ in range(c.n_layers)
         ]
@@ -81,7 +82,7 @@ class Weights:
             for index, expert in enumerate(experts):
                 table[index] = device.pack_expert(expert)
             tables.append(table)
-        device.set_head(self.norm, Linear(self.head))
+        device.set_head(Norm(self.norm), Linear(self.head))
         session = Session(device.new_cache(N_CONTEXT, kv_type))
         return Engine(device.config, device, AllResident(device, tables), lambda ids: self.embedding[ids]), session
 
@@ -102,7 +103,10 @@ CASES = {
     "halves": (config(64, 32, (4, 1), 16, (3, 3), 0), ("int4", "int2-g16-min", "iq4-nl", "int6-g16")),
     "gelu": (config(64, 32, (4, 2), 16, (4, 2), 0, activation="gelu"), ("int4", "int4", "int4", "int4")),
     "oss": (config(64, 32, (4, 2), 16, (4, 2), 32, activation="swiglu-oss"), ("mxfp4", "mxfp4", "mxfp4", "int8")),
-    "window": (config(64, 32, (4, 2), 16, (4, 2), 0), ("int4", "int4", "int4", "int4")),
+    "window": (
+        config(64, 32, (4, 2), 16, (4, 2), 0, layers=(LayerConfig(window=9),) * 2),
+        ("int4", "int4", "int4", "int4"),
+    ),
 }
 
 
@@ -110,7 +114,7 @@ CASES = {
 @pytest.mark.parametrize("activations", ["int8", "f32"])
 def test_the_devices_agree(name: str, activations: str) -> None:
     c, formats = CASES[name]
-    weights = Weights(c, *formats, window=9 if name == "window" else 0)
+    weights = Weights(c, *formats)
     kv_type = "int8" if name in ("dense", "window") else "f16"
     expected = logits(*weights.engine(ReferenceDevice(c, N_CONTEXT, activations=activations), kv_type), 64)
     assert np.isfinite(expected).all()

@@ -14,11 +14,12 @@ MARGIN = 0.15  # where llama.cpp's best token leads by this much, 8-bit activati
 
 
 def routed(name: str, **options: Any) -> tuple[Any, Any, Any]:
-    """What llama.cpp answered, our logits, and our expert ids (layers, n_tokens, top_k), ascending."""
+    """What llama.cpp answered, our logits, and our expert ids (layers that route, n_tokens, top_k), ascending."""
     path, expected = golden(name)
     engine, session = engine_of(path, **options)
     ids: list[Any] = []
-    layers = range(engine.config.n_layers)
+    layers = expected["router_layers"].tolist()
+    assert layers == [layer for layer in range(engine.config.n_layers) if engine.config.has_experts(layer)]
     engine.trace = lambda device: ids.extend(np.sort(device.chosen(layer)[0], axis=1) for layer in layers)
     logits = run(engine, session, expected["tokens"].tolist())
     return expected, logits, np.array(ids)

@@ -180,7 +180,7 @@ def test_a_spoilt_model_is_refused_by_tensor_expert_and_row(tmp_path: Path) -> N
             weights.layer(0)
     with spoilt(path, "blk.1.attn_k.weight", 5) as weights:
         with pytest.raises(ModelFileError, match=r"the tensor blk\.1\.attn_k\.weight, row 5, holds a weight that"):
-            weights.layer(1).key.matrix.whole()
+            weights.layer(1).mixer.key.matrix.whole()
     with spoilt(path, name, 2 * weights.config.d_expert + 1) as weights:
         experts = [expert.up for expert in weights.experts(1)]
         out = np.empty(experts[0].format.matrix_bytes(*experts[0].shape), np.uint8)

@@ -1,0 +1,138 @@
+"""States that pass from token to token beside keys and values: of short convolutions and of gated delta nets.
+
+Keys of tokens that are taken back are simply written over. A state cannot be cut back: it is kept at some positions,
+and a text that goes on from elsewhere goes back to the last of these, from where tokens are computed again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from edgert.types import Floats, ModelConfig
+
+KEPT = 2  # states of earlier positions that are kept: where the last prompt began, and before its last token
+
+
+class StatePlace(NamedTuple):
+    """Where the state of a layer lies, in floats: the convolution's last inputs, and the delta net's memory."""
+
+    inputs: int
+    n_inputs: int  # tokens
+    width: int  # of one token's inputs, up to a multiple of 16
+    memory: int
+    n_memory: int
+
+
+def places(config: ModelConfig) -> tuple[list[StatePlace | None], int]:
+    """The place of each layer's state, None if it has none; and the floats of all."""
+    found: list[StatePlace | None] = []
+    end = 0
+    for index in range(config.n_layers):
+        mixer, delta = config.layer(index).mixer, config.delta
+        if mixer == "attention":
+            found.append(None)
+            continue
+        n_taps, width, n_memory = config.n_taps, config.d_model, 0
+        if mixer == "delta":
+            assert delta is not None
+            n_taps, width, n_memory = delta.n_taps, delta.d_channels, delta.d_values * delta.d_state
+        width = -(-width // 16) * 16
+        memory = end + (n_taps - 1) * width
+        found.append(StatePlace(end, n_taps - 1, width, memory, n_memory))
+        end = memory + n_memory
+    return found, end
+
+
+def states_bytes(config: ModelConfig) -> int:
+    """Bytes of the states of one sequence, all layers, those that are kept included."""
+    return 4 * (KEPT + 1) * places(config)[1]
+
+
+class States:
+    """The states of one sequence, after `position` tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._places, n = places(config)
+        self._all = np.zeros((KEPT + 1, n + 16), np.float32)
+        first = -self._all.ctypes.data % 64 // 4
+        self.now: Floats = self._all[0, first : first + n]
+        self._kept: dict[int, int] = {}  # rows of _all by position, ascending
+        self._position: int | None = 0  # None: a step did not end, and left them anyhow
+
+    def __bool__(self) -> bool:
+        return self.now.size > 0
+
+    def address(self, layer: int, part: str) -> int:
+        """Address of the `inputs` or the `memory` of a layer."""
+        place = self._places[layer]
+        return 0 if place is None else int(self.now.ctypes.data) + 4 * int(getattr(place, part))
+
+    def inputs(self, layer: int) -> Floats:
+        """The last inputs of a layer's convolution, (n_taps - 1, width), the latest last."""
+        place = self._places[layer]
+        assert place is not None
+        return self.now[place.inputs : place.memory].reshape(place.n_inputs, place.width)
+
+    def memory(self, layer: int) -> Floats:
+        """The memory of a layer's delta net, (n_value_heads * d_state * d_state,)."""
+        place = self._places[layer]
+        assert place is not None
+        return self.now[place.memory : place.memory + place.n_memory]
+
+    def begin(self, start: int) -> None:
+        """A step begins at position `start`, which must be one that `rewind` has returned, 0 or where it stands."""
+        if self and self._position != start and self.rewind(start) != start:
+            raise RuntimeError(f"a step at position {start}, but the states are after {self._position} tokens")
+        self._position = None
+
+    def end(self, position: int) -> None:
+        """The step is done."""
+        self._position = position
+
+    def keep(self) -> None:
+        """Keep the present states, so that `rewind` can come back here; the oldest kept ones are given up."""
+        if not self or not self._position or self._position in self._kept:
+            return
+        if len(self._kept) == KEPT:
+            del self._kept[min(self._kept)]
+        row = next(row for row in range(1, KEPT + 1) if row not in self._kept.values())
+        self._all[row, : self.now.size] = self.now
+        self._kept[self._position] = row
+
+    def rewind(self, n: int) -> int:
+        """Go back to the states after n tokens, or fewer: how many."""
+        if not self or n == self._position:
+            return n
+        self._kept = {position: row for position, row in self._kept.items() if position <= n}
+        self._position = max(self._kept, default=0)
+        self.now[:] = self._all[self._kept[self._position], : self.now.size] if self._kept else 0
+        return self._position
+
+
+class WithStates:
+    """What a cache says of the states in it; see devices.base.Cache."""
+
+    states: States
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there are any."""
+        return bool(self.states)
+
+    def begin(self, start: int) -> None:
+        """A step begins at position `start`."""
+        self.states.begin(start)
+
+    def end(self, position: int) -> None:
+        """The step is done."""
+        self.states.end(position)
+
+    def keep(self) -> None:
+        """Make this a position that `rewind` can come back to."""
+        self.states.keep()
+
+    def rewind(self, n: int) -> int:
+        """Go back to the position n, or one before it that was kept; which one."""
+        return self.states.rewind(n)

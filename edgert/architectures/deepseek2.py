@@ -1,0 +1,41 @@
+"""deepseek2: DeepSeek V2, V2-Lite, V3 and R1, and others of their design."""
+
+from __future__ import annotations
+
+import math
+
+from edgert.architectures.keys import Keys
+from edgert.types import LatentConfig, ModelConfig
+
+OPTIONAL = frozenset({"exp_probs_b.bias"})
+
+
+def config(keys: Keys) -> ModelConfig:
+    """Latent attention, in the form that keeps latent vectors in the cache, whichever form the file has.
+
+    Scores grow with the factor of YaRN. Routing by softmax (V2) or by sigmoid with biases and groups (V3).
+    """
+    common, width = keys.common(), keys.integer("expert_feed_forward_length")
+    rank, n_rotated = keys.integer("attention.kv_lora_rank"), keys.integer("rope.dimension_count")
+    d_key = keys.integer("attention.key_length_mla", common["d_head"])
+    d_output = keys.integer("attention.value_length_mla", common["d_value"])
+    if d_key <= n_rotated:
+        raise keys.wrong("attention.key_length", d_key, f"more than rope.dimension_count = {n_rotated}")
+    for key, n in (("attention.kv_lora_rank", rank), ("attention.value_length", d_output)):
+        if n % 16:
+            raise keys.unsupported(key, n, "a multiple of 16")
+    common["n_kv_heads"], common["d_head"], common["d_value"] = 1, rank + n_rotated, rank
+    stated = keys.has("rope.scaling.yarn_log_multiplier")
+    rope = keys.rope("norm", n_rotated, whole_head=True, yarn_magnitude=not stated)
+    grown = 10.0 * keys.number("rope.scaling.yarn_log_multiplier", 0.1) if rope.scaling == "yarn" else 0.0
+    return ModelConfig(
+        **common,
+        rope=rope,
+        router=keys.router(normalise=None, scaled=True, groups=True, biased=True),
+        d_expert=width,
+        d_shared=width * keys.integer("expert_shared_count", 0, least=0),
+        d_dense=keys.integer("feed_forward_length"),
+        layers=keys.dense_layers(common["n_layers"]),
+        latent=LatentConfig(d_key - n_rotated, d_output, keys.integer("attention.q_lora_rank", 0, least=0)),
+        attention_scale=(1.0 + 0.1 * grown * math.log(rope.factor)) ** 2 * d_key**-0.5,
+    )

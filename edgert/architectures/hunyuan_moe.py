@@ -1,0 +1,22 @@
+"""hunyuan-moe: Hunyuan-A13B by Tencent."""
+
+from __future__ import annotations
+
+from edgert.architectures.keys import Keys
+from edgert.types import ModelConfig
+
+
+def config(keys: Keys) -> ModelConfig:
+    """q and k normed per head after the rotation; expert width is feed_forward_length; a shared expert, ungated."""
+    common = keys.common()
+    keys.ignore("expert_shared_count")
+    return ModelConfig(
+        **common,
+        rope=keys.rope("neox", common["d_head"]),
+        router=keys.router(normalise=True, gatings=(1,), groups=True),
+        d_expert=keys.integer("feed_forward_length"),
+        d_shared=keys.integer("expert_shared_feed_forward_length"),
+        qk_norm="head",
+        norm_late=True,
+        attention_scale=common["d_head"] ** -0.5,
+    )
