@@ -40,12 +40,7 @@ def _block_offsets(config: ModelConfig, kv_type: str) -> tuple[int, int, int, in
 def cache_bytes(config: ModelConfig, n_context: int, kv_type: str) -> int:
     """Bytes of the keys and values of n_context positions in layers that attend, and of the states of the others."""
     check_kv_type(kv_type)
-    return len(_attending(config)) * _layer_bytes(config, n_context, kv_type) + states_bytes(config)
-
-
-def _attending(config: ModelConfig) -> list[int]:
-    """Layers that have keys and values."""
-    return [index for index in range(config.n_layers) if config.layer(index).mixer == "attention"]
+    return len(config.attending_layers) * _layer_bytes(config, n_context, kv_type) + states_bytes(config)
 
 
 def _layer_bytes(config: ModelConfig, n_context: int, kv_type: str) -> int:
@@ -65,7 +60,7 @@ class KvCache(WithStates):
 
         self.n_context, self.kv_type, self.states = n_context, kv_type, States(config)
         self.n_bytes = cache_bytes(config, n_context, kv_type)
-        attending, layer_bytes = _attending(config), _layer_bytes(config, n_context, kv_type)
+        attending, layer_bytes = config.attending_layers, _layer_bytes(config, n_context, kv_type)
         self._memory = np.zeros(len(attending) * layer_bytes + 64, np.uint8)
         values, key_scales, value_scales, block = _block_offsets(config, kv_type)
         n_blocks = -(-n_context // BLOCK)

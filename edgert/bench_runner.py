@@ -103,9 +103,10 @@ class Runner:
             self._begin_text()
             self._generate(self._warm, self._sample)
         else:
-            del tokens[test.depth :]
+            self._session.cut(test.depth)
             for _ in self._engine.prefill(self._random(test.depth - len(tokens)), self._session):
                 self._check()
+            self._session.cache.keep()  # each run comes back here
             self.run(test if test.kind == "prompt" else Test("generate", self._warm, test.depth))
         self.n_warm = len(self.routes)
 
@@ -127,7 +128,7 @@ class Runner:
             traffic += self._traffic.step(n, start, n_experts, with_head=last)
             n_experts, start = 0, start + n  # they were counted over the run as a whole
         if test.kind != "text":
-            del tokens[test.depth :]
+            self._session.cut(test.depth)
         return Run(seconds, traffic, counts)
 
     def _prompt(self, ids: list[int]) -> tuple[float, list[int]]:

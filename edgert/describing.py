@@ -21,6 +21,7 @@ from edgert.quant.formats import Format
 from edgert.storage.bundle import Bundle
 from edgert.storage.bundle_manifest import Manifest
 from edgert.storage.tensor_file import TensorFile
+from edgert.tensor_views import is_unused
 from edgert.types import ModelConfig
 from edgert.weight_sources import PROJECTIONS
 from edgert.weights import Weights
@@ -77,12 +78,13 @@ def describe(
 
 def _tensors(file: TensorFile | Bundle, weights: Weights) -> Iterator[tuple[str, str, int]]:
     """Name, type and stored bytes of every tensor, by type; experts of a bundle count as the tensors that they were."""
+    if not isinstance(file, Bundle):
+        for name, info in file.tensors.items():
+            if not is_unused(weights.config, name):
+                yield name, info.type.name, info.n_bytes
+        return
     for name in weights.shapes:
-        if isinstance(file, Bundle):
-            yield from ((name, format.name, n_bytes) for format, n_bytes in weights.sizes_of(name).items())
-        else:
-            info = file.tensors[name]
-            yield name, info.type.name, info.n_bytes
+        yield from ((name, format.name, n_bytes) for format, n_bytes in weights.sizes_of(name).items())
 
 
 def _measured(bundle: Bundle) -> dict[str, Any]:
@@ -126,12 +128,13 @@ def _ledger(needed: Needs, memory: str | int | float | None) -> dict[str, Any]:
 def _experts(config: ModelConfig, cold: int) -> dict[str, int] | None:
     if config.router is None:
         return None
-    count = config.router.n_expert * config.n_layers
+    n_layers = len(config.expert_layers)
+    count = config.router.n_expert * n_layers
     return {
         "count": config.router.n_expert,
         "used": config.router.top_k,
         "shared": int(config.d_shared > 0),
-        "layers": config.n_layers,
+        "layers": n_layers,
         "bytes_each": cold // count,
-        "working_set": cold // count * config.router.top_k * config.n_layers,
+        "working_set": cold // count * config.router.top_k * n_layers,
     }

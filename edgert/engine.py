@@ -40,9 +40,13 @@ class Session:
             if ours != theirs:
                 break
             same += 1
-        same = self.cache.rewind(same)
-        del self.tokens[same:]
-        return same
+        return self.cut(same)
+
+    def cut(self, n: int) -> int:
+        """Keep the first n tokens, or fewer where the model's states can only go back further; how many."""
+        kept = self.cache.rewind(min(n, len(self.tokens)))
+        del self.tokens[kept:]
+        return kept
 
     def check(self) -> list[str]:
         """What is wrong, one line each."""

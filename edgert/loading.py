@@ -165,7 +165,7 @@ def load_parts(
         if config.router is not None and (plan.slots or not predictors.is_compiled()):
             predictors.prepare()
         if not isinstance(file, Bundle):
-            _pack_nothing(weights, file)
+            _pack_nothing(weights)
         file_pages.release(dropping=budget.strict)  # after the compiler
         session = Session(made.new_cache(needed.context, kv_type))
         progress("building the tokenizer", 0.0)
@@ -331,11 +331,9 @@ def _compile(kernels: Sequence[tuple[Any, int]], progress: Progress) -> None:
         address_of(kernel, n_arguments)
 
 
-def _pack_nothing(weights: Weights, file: TensorFile) -> None:
+def _pack_nothing(weights: Weights) -> None:
     """Compile the kernels that pack these weights now: later, the compiler would come on top of the model."""
-    matrices = ((name, info.type) for name, info in file.tensors.items() if len(info.shape) > 1)
-    pairs = {(kind, format) for name, kind in matrices for format in weights.sizes_of(name)}
-    for kind, format in pairs:
+    for kind, format in weights.packings():
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         n_in = math.lcm(block, format.block)
         raw = np.zeros((TILE_ROWS, n_in // block * block_bytes), np.uint8)

@@ -115,7 +115,10 @@ def _on_cpu(weights: Weights, n_context: int, kv_type: str, threads: int | None,
     in_ram = [name for name in weights.shapes if not weights.is_on_file(name)]
     packed = sum(map(weights.bytes_of, in_ram))
     float_hidden = activations == "f32" or any(
-        "ffn_down" in name and not all(format.is_integer for format in weights.sizes_of(name)) for name in in_ram
+        "ffn_down" in name
+        and name.endswith(".weight")
+        and not all(format.is_integer for format in weights.sizes_of(name))
+        for name in in_ram
     )
     n_threads = threads or choose_threads().n_threads
     work = {
@@ -159,6 +162,9 @@ def record_bytes(weights: Weights) -> Ids:
         return np.zeros((config.n_layers, 0), np.int64)
     n_expert, rows = config.router.n_expert, []
     for layer in range(config.n_layers):
+        if not config.has_experts(layer):
+            rows.append([0] * n_expert)
+            continue
         parts = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
         sizes = [round_up(weights.bytes_of(name) // n_expert, 64) for name in parts]
         rows.append([round_up(sum(sizes), PAGE)] * n_expert)

@@ -90,7 +90,7 @@ class Layout:
         shape = (config.n_layers, config.router.n_expert if config.router else 0)
         kind, sizes = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         places: dict[Parts, int] = {}
-        for layer in range(config.n_layers if config.router else 0):
+        for layer in config.expert_layers:
             for index, expert in enumerate(self._weights.experts(layer)):
                 matrices = (expert.gate, expert.up, expert.down)
                 parts = manifests.place_parts([(matrix.shape, matrix.format) for matrix in matrices])
@@ -113,7 +113,7 @@ class Layout:
             steps = _matrix_steps(hot.matrix) if hot.vector is None else _vector_steps(hot.vector)
             yield Item("hot weights", True, tensor.offset, tensor.n_bytes, steps)
         yield Item("embedding table", True, m.table.offset, m.table.n_bytes, self._table_steps)
-        for layer in range(n_layers if m.record_kind.size else 0):
+        for layer in self._weights.config.expert_layers:
             for index, expert in enumerate(self._weights.experts(layer)):
                 parts = m.kinds[int(m.record_kind[layer, index])]
                 steps = _record_steps((expert.gate, expert.up, expert.down), parts)

@@ -139,7 +139,7 @@ class Planner:
             self.numbers = Numbers(2.0, 2.0, nodes=True)
         self.needs: Needs = model.needs(request.context, request.kv_type, max(self.unit.n_cores, 1))
         self.decode = step_parts(model.weights, 1, request.prompt, self.numbers)
-        self.n_layers = model.config.n_layers
+        self.n_layers, self.n_routed = model.config.n_layers, len(model.config.expert_layers)
 
     # ---- decoding ----------------------------------------------------------------------------------------------------
     def arithmetic_s(self, reach: Reach) -> float:
@@ -154,8 +154,8 @@ class Planner:
         router = self.model.config.router
         if router is None or hit_rate >= 1:
             return 0.0
-        missed = self.n_layers * router.top_k * (1 - hit_rate)
-        waiting = self.n_layers * (1 - hit_rate**router.top_k)  # layers that have to
+        missed = self.n_routed * router.top_k * (1 - hit_rate)
+        waiting = self.n_routed * (1 - hit_rate**router.top_k)  # layers that have to
         slowness = self.board.slowness
         reads = waiting * (_LAYER_S * slowness + flash.latency_s) + missed * _EXPERT_S * slowness
         return self.needs.working_set * (1 - hit_rate) / (flash.bytes_per_s * reach.flash) + reads
@@ -183,7 +183,7 @@ class Planner:
             parts = step_parts(self.model.weights, n, done, self.numbers, n_logits=int(done == n_prompt))
             arithmetic = sum(part.seconds(self.unit, reach.compute, reach.read) for part in parts)
             reading = self._chunk_flash_s(n, plan, flash, reach)
-            first = reading / max(self.n_layers, 1)  # nothing goes on while the first layer's experts come
+            first = reading / max(self.n_routed, 1)  # nothing goes on while the first layer's experts come
             total += max(arithmetic, reading - first) + first
         return total
 
@@ -191,9 +191,9 @@ class Planner:
         router = self.model.config.router
         if router is None or not plan.slots:
             return 0.0
-        used = even_distinct(router.n_expert, router.top_k, n_tokens) * self.n_layers
+        used = even_distinct(router.n_expert, router.top_k, n_tokens) * self.n_routed
         missed = used * (1 - plan.residency)
-        mean = plan.all_experts / (self.n_layers * router.n_expert)
+        mean = plan.all_experts / (self.n_routed * router.n_expert)
         return missed * (mean / (flash.bytes_per_s * reach.flash) + _EXPERT_S * self.board.slowness)
 
     def unit_ttft_s(self, unit: Unit) -> Range:

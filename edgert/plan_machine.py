@@ -62,7 +62,7 @@ def board_of(unit: Unit, flash: Flash, remarks: tuple[str, ...] = ()) -> Board:
 def token_bytes(model: PlanModel) -> int:
     """Bytes of the weights that tokens come back to: what caches would have to hold."""
     traffic, c = ModelTraffic.of(model.weights, 0.0), model.config
-    n_experts = c.n_layers * c.router.n_expert if c.router else 0
+    n_experts = len(c.expert_layers) * c.router.n_expert if c.router else 0
     return int(traffic.layers.n_bytes + traffic.head.n_bytes + n_experts * traffic.expert.n_bytes)
 
 

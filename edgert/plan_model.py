@@ -59,7 +59,7 @@ class PlanModel:
         """Numbers that one token is multiplied with."""
         traffic = ModelTraffic.of(self.weights, 0.0)
         used = traffic.layers + traffic.head
-        n_experts = self.config.n_layers * self.config.router.top_k if self.config.router else 0
+        n_experts = len(self.config.expert_layers) * self.config.router.top_k if self.config.router else 0
         return int(used.integers + used.floats + n_experts * (traffic.expert.integers + traffic.expert.floats))
 
     def needs(self, context: int, kv_type: str, threads: int) -> Needs:

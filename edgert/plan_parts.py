@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgert.boards import Unit
-from edgert.weights import EMBEDDING, HEAD, Weights
+from edgert.tensor_table import EMBEDDING, HEAD, layer_tensors
+from edgert.weights import Weights
 
 Kind = Literal["int8", "float"]  # what a part's operations are
 
@@ -101,29 +102,46 @@ def _layer_parts(weights: Weights, n: int, seen: int, numbers: Numbers) -> Itera
     """Hot parts of all layers."""
     c, number = weights.config, numbers.activation
     layers = c.n_layers
-    there = "blk.0.attn_qkv.weight" in weights.shapes
-    names = {"qkv_proj": "attn_qkv"} if there else {f"{x}_proj": f"attn_{x}" for x in "qkv"}
-    suffix = "_shexp" if c.router else ""
-    names |= {"o_proj": "attn_output"}
-    if c.d_shared:
-        names |= {f"{part}_proj{' (shared)' if c.router else ''}": f"ffn_{part}{suffix}" for part in _FFN}
-    if c.router:
-        names["router"] = "ffn_gate_inp"
-    for name, tensor in names.items():
-        tensors = [f"blk.{layer}.{tensor}.weight" for layer in range(layers)]
-        yield _linear(weights, name, tensors, n, numbers, layers)
+    for name, tensors in _matrices(weights).items():
+        yield _linear(weights, name, tensors, n, numbers, len(tensors))
+    attending = len(c.attending_layers)
     scores = c.n_heads * n * (seen if numbers.nodes else seen - (n - 1) / 2)
     moved = scores * number if numbers.nodes else 0.0
     for name, head, width in (("qk_matmul", c.d_head, c.d_head), ("sv_matmul", c.d_value, c.d_value)):
         cached = seen * c.n_kv_heads * width * numbers.cached
-        yield Part(name, layers, 2 * scores * head, n * c.n_heads * width * number + cached + moved, "float")
-    yield Part("softmax", layers, 5 * scores, 2 * moved, "float")
+        yield Part(name, attending, 2 * scores * head, n * c.n_heads * width * number + cached + moved, "float")
+    if c.delta:
+        memory = c.delta.d_values * c.delta.d_state
+        yield Part("delta_net", layers - attending, 8.0 * n * memory, 2.0 * 4 * memory, "float")
+    yield Part("softmax", attending, 5 * scores, 2 * moved, "float")
     wide = n * c.d_model
     yield Part("norm", 2 * layers + 1, 7 * wide, 2 * wide * number, "float")
     yield Part("add", 2 * layers, wide, 2 * wide * number, "float")
 
 
 _FFN = ("gate", "up", "down")
+_TITLES = {
+    **{f"attn_{x}": f"{x}_proj" for x in "qkv"},
+    "attn_output": "o_proj",
+    **{
+        f"ffn_{part}{suffix}": f"{part}_proj{title}"
+        for part in _FFN
+        for suffix, title in (("", ""), ("_shexp", " (shared)"))
+    },
+    "ffn_gate_inp": "router",
+}
+
+
+def _matrices(weights: Weights) -> dict[str, list[str]]:
+    """Hot matrices of all layers by what they are for, those of one shape together."""
+    found: dict[str, list[str]] = {}
+    for layer in range(weights.config.n_layers):
+        for tensor, shape in layer_tensors(weights.config, layer).items():
+            name = f"blk.{layer}.{tensor}"
+            if len(shape) == 2 and name in weights.shapes:
+                plain = tensor.removesuffix(".weight")
+                found.setdefault(_TITLES.get(plain, plain), []).append(name)
+    return found
 
 
 def _linear(weights: Weights, name: str, tensors: list[str], n: int, numbers: Numbers, count: int) -> Part:
@@ -148,9 +166,9 @@ def _expert_parts(
     e, k = c.router.n_expert, c.router.top_k
     used = even_distinct(e, k, n) if distinct is None else distinct(n)
     for part in _FFN:
-        tensors = [f"blk.{layer}.ffn_{part}_exps.weight" for layer in range(c.n_layers)]
+        tensors = [f"blk.{layer}.ffn_{part}_exps.weight" for layer in c.expert_layers]
         n_out, n_in = weights.shapes[tensors[0]][-2:]
         each = sum(map(weights.bytes_of, tensors)) / len(tensors) / e
         moved = used * each + n * k * (n_in + n_out) * numbers.activation
         kind = _kind(weights, tensors[0])
-        yield Part(f"{part}_proj (experts)", c.n_layers, 2.0 * n * k * n_in * n_out, moved, kind, used * each, True)
+        yield Part(f"{part}_proj (experts)", len(tensors), 2.0 * n * k * n_in * n_out, moved, kind, used * each, True)

@@ -9,18 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from edgert.tensor_table import Shapes, layer_tensors, model_tensors, optional_layer_tensors, optional_model_tensors
 from edgert.types import ModelConfig
 
-Rows = tuple[tuple[int, int], ...]
+
+class Stretch(NamedTuple):
+    """Rows first, first + 1, ..., `n` of them; and again from each `step` further on, `times` in all."""
+
+    first: int
+    n: int
+    times: int = 1
+    step: int = 0
+
+
+Rows = tuple[Stretch, ...]
 
 
 @dataclass(frozen=True)
 class View:
-    """Rows of a tensor of the file, as (first, count) in the order in which we have them; of a vector, its numbers.
+    """Rows of a tensor of the file, in the order in which we have them; of a vector, its numbers.
 
-    shape: ours. turned: each of these stretches of rows is a matrix that stands here transposed.
+    shape: ours. turned: the rows are one stretch, and each of its parts a matrix that stands here transposed.
     """
 
     name: str
@@ -28,10 +39,23 @@ class View:
     rows: Rows
     turned: bool = False
 
+    def between(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Rows first, first + 1, ... of ours as (first, count) of the file's."""
+        start = 0  # of ours
+        for rows in self.rows:
+            n = rows.n * rows.times
+            at, end = max(first - start, 0), min(first + count - start, n)
+            while at < end:
+                turn, inside = divmod(at, rows.n)
+                taken = min(rows.n - inside, end - at)
+                yield rows.first + turn * rows.step + inside, taken
+                at += taken
+            start += n
+
 
 def whole(name: str, shape: tuple[int, ...]) -> View:
     """All of a tensor."""
-    return View(name, shape, ((0, math.prod(shape) // (shape[-1] if len(shape) > 1 else 1)),))
+    return View(name, shape, (Stretch(0, math.prod(shape) // (max(shape[-1], 1) if len(shape) > 1 else 1)),))
 
 
 def views(c: ModelConfig, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> dict[str, View]:
@@ -71,7 +95,7 @@ def _add(
         view = whole(theirs, shapes[theirs])
         same = math.prod(shapes[theirs]) == math.prod(shape) and len(shape) < len(shapes[theirs])
         if same and len(shape) == 1:  # a small matrix that is a vector to us
-            view = View(theirs, shape, ((0, shape[0]),))
+            view = View(theirs, shape, (Stretch(0, shape[0]),))
         elif same and shapes[theirs][-1] == shape[-1]:
             view = replace(view, shape=shape)
         found[f"{prefix}{name}"] = view
@@ -83,7 +107,7 @@ def _add_parts(
     """Tensors that are part of a larger one of the file."""
     for theirs, parts in _joined(c, wanted):
         shape = shapes.get(f"{prefix}{theirs}")
-        n_rows = sum(count for _, rows, _ in parts for _, count in rows)
+        n_rows = sum(stretch.n * stretch.times for _, rows, _ in parts for stretch in rows)
         if shape is None or math.prod(shape[:-1] or shape) != n_rows:
             continue
         if any(f"{prefix}{name}" in shapes and name != theirs for name, _, _ in parts):
@@ -128,10 +152,9 @@ def _joined_delta(c: ModelConfig) -> Iterator[tuple[str, list[tuple[str, Rows, b
 
 def _stacked(sizes: tuple[int, ...]) -> list[Rows]:
     """Parts of these sizes, one after the other."""
-    return [((sum(sizes[:place]), size),) for place, size in enumerate(sizes)]
+    return _dealt(1, sizes)
 
 
 def _dealt(n: int, sizes: tuple[int, ...]) -> list[Rows]:
     """Parts of which n times a stretch of each lies after that of the others."""
-    one = sum(sizes)
-    return [tuple((turn * one + sum(sizes[:place]), size) for turn in range(n)) for place, size in enumerate(sizes)]
+    return [(Stretch(sum(sizes[:place]), size, n, sum(sizes)),) for place, size in enumerate(sizes)]

@@ -69,7 +69,7 @@ class ModelTraffic:
                 experts += _part(weights, name)
             elif name.startswith("blk."):
                 layers += _part(weights, name)
-        n_experts = c.n_layers * c.router.n_expert if c.router else 1
+        n_experts = len(c.expert_layers) * c.router.n_expert if c.router else 1
         row = weights.bytes_of("token_embd.weight") / c.n_vocab
         return cls(c, layers, head, experts.over(n_experts), row, position)
 
@@ -82,12 +82,12 @@ class ModelTraffic:
         used = Part()
         for part, times, rows in (
             (self.layers, 1, n_tokens),
-            (self.expert, n_experts, n_tokens * c.n_layers * (c.router.top_k if c.router else 0)),
+            (self.expert, n_experts, n_tokens * len(c.expert_layers) * (c.router.top_k if c.router else 0)),
             (self.head, int(with_head), int(with_head)),
         ):
             used += Part(times * part.n_bytes, rows * part.integers, rows * part.floats)
         seen = n_tokens * start + n_tokens * (n_tokens + 1) // 2  # positions that the tokens look at, together
-        attention = 2 * c.n_layers * c.n_heads * (c.d_head + c.d_value) * seen
+        attention = 2 * len(c.attending_layers) * c.n_heads * (c.d_head + c.d_value) * seen
         cache = self.position * (start + n_tokens)
         return Traffic(
             used.n_bytes + n_tokens * self.embedding_row + cache, 2 * used.integers, 2 * used.floats + attention

@@ -188,6 +188,16 @@ class ModelConfig:
         """Width of the network that every token takes in a layer, the shared expert or a dense one; 0: none."""
         return self.d_shared if self.router is None or self.layer(index).routed else self.d_dense
 
+    @property
+    def expert_layers(self) -> list[int]:
+        """Layers that route."""
+        return [index for index in range(self.n_layers) if self.has_experts(index)]
+
+    @property
+    def attending_layers(self) -> list[int]:
+        """Layers that have keys and values."""
+        return [index for index in range(self.n_layers) if self.layer(index).mixer == "attention"]
+
     def mixers(self) -> set[str]:
         """The kinds of mixers of all layers."""
         return {self.layer(index).mixer for index in range(self.n_layers)} if self.layers else {"attention"}

@@ -24,7 +24,7 @@ from edgert.quant.packing import StoredMatrix
 from edgert.quant.unpacking import unpack
 from edgert.storage.bundle import Bundle, part_of
 from edgert.storage.tensor_file import TensorFile
-from edgert.tensor_views import Rows, views
+from edgert.tensor_views import View, views
 from edgert.types import Floats, ModelConfig
 
 PROJECTIONS = ("gate", "up", "down")
@@ -93,7 +93,7 @@ class FileSource:
         view = self._views[name]
         info = self._file.tensors[view.name]
         vector = ggml.to_float(self._file.read(view.name), info.type, (math.prod(info.shape),))
-        vector = np.concatenate([vector[first : first + count] for first, count in view.rows])
+        vector = np.concatenate([vector[first : first + n] for first, n in view.between(0, view.shape[0])])
         if not np.isfinite(vector).all():
             raise packing.not_finite(f"{self.path}: the tensor {view.name}")
         return vector
@@ -106,32 +106,30 @@ class FileSource:
     def _matrix(self, name: str, words: str, first_row: int, n_rows: int) -> StoredMatrix:
         """Some rows of one of our tensors."""
         view, n_in = self._views[name], self.shapes[name][-1]
-        rows = (
-            view.rows if view.turned else _between(view.rows, first_row, n_rows) if len(view.shape) > 1 else ((0, 1),)
-        )
-        read = partial(self._read_turned, view.name, n_in) if view.turned else partial(self._read_rows, view.name)
+        read = self._read_turned if view.turned else self._read_rows
         return StoredMatrix(
             name=f"{self.path}: the tensor {view.name}{words}",
             kind=self.kind(name),
             shape=(n_rows, n_in),
             format=self._format(name),
-            read_rows=partial(read, rows),
-            first_row=0 if words else rows[0][0],
+            read_rows=partial(read, view, first_row),
+            first_row=0 if words else view.rows[0].first,
         )
 
-    def _read_rows(self, name: str, rows: Rows, first: int, count: int) -> npt.NDArray[np.uint8]:
-        """Some of these rows of a tensor of the file."""
-        parts = [self._file.read_rows(name, *stretch) for stretch in _between(rows, first, count)]
+    def _read_rows(self, view: View, start: int, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """Rows of a view, `first` after `start` on; of a vector, all of it as one row."""
+        if len(view.shape) == 1:
+            return self._file.read_rows(view.name, 0, 1)
+        parts = [self._file.read_rows(view.name, *stretch) for stretch in view.between(start + first, count)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _read_turned(self, name: str, n_in: int, rows: Rows, first: int, count: int) -> npt.NDArray[np.uint8]:
-        """Some rows of the transposed stretches of a tensor of the file, as single weights."""
-        info = self._file.tensors[name]
-        n_out = info.shape[-1]  # of one stretch, transposed
+    def _read_turned(self, view: View, start: int, first: int, count: int) -> npt.NDArray[np.uint8]:
+        """The same of a view that is turned, as single weights."""
+        info, stretch, n_in = self._file.tensors[view.name], view.rows[0], view.shape[-1]
+        n_out, first = info.shape[-1], start + first  # of one part, transposed
         parts = []
-        for number in range(first // n_out, -(-(first + count) // n_out)):
-            start = rows[0][0] + (rows[1][0] - rows[0][0]) * number if len(rows) > 1 else rows[0][0]
-            raw = self._file.read_rows(name, start, n_in)
+        for turn in range(first // n_out, -(-(first + count) // n_out)):
+            raw = self._file.read_rows(view.name, stretch.first + turn * stretch.step, n_in)
             kind = _SINGLE.get(info.type)
             block = ggml.to_float(raw.reshape(-1), info.type, (n_in, n_out)) if kind is None else raw.view(kind)
             parts.append(np.ascontiguousarray(block.T))
@@ -173,17 +171,6 @@ class FileSource:
             return info.n_bytes + 4 * math.prod(info.shape)
         turned = 8 * shape[-1] * info.shape[-1] if self._views[name].turned else 0
         return packing.packing_bytes(self.kind(name), shape[-2], shape[-1]) + turned
-
-
-def _between(rows: Rows, first: int, count: int) -> Rows:
-    """The stretches that rows first, first + 1, ... of these are."""
-    found, start = [], 0
-    for begin, n in rows:
-        low, high = max(first, start), min(first + count, start + n)
-        if low < high:
-            found.append((begin + low - start, high - low))
-        start += n
-    return tuple(found)
 
 
 @dataclass(frozen=True)

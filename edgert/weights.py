@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 
 from edgert.architectures import optional_tensors
 from edgert.devices.base import (
@@ -156,6 +157,14 @@ class Weights:
         """The formats of all matrices that are packed."""
         matrices = (name for name, shape in self.shapes.items() if len(shape) > 1 and not self.is_on_file(name))
         return list(dict.fromkeys(format for name in matrices for format in self.sizes_of(name)))
+
+    def packings(self) -> set[tuple[Type, Format]]:
+        """Types of a file's matrices, and the formats that they are packed to; none of a bundle."""
+        source = self._source
+        if not isinstance(source, FileSource):
+            return set()
+        matrices = [name for name, shape in self.shapes.items() if len(shape) > 1]
+        return {(source.kind(name), format) for name in matrices for format in self.sizes_of(name)}
 
     def _optional(self, name: str) -> Floats | None:
         return self._source.vector(name) if name in self.shapes else None
@@ -327,4 +336,3 @@ class Weights:
     def is_on_file(self, name: str) -> bool:
         """Whether a tensor stays in the file: an embedding table that is not the head too."""
         return name == EMBEDDING and HEAD in self.shapes
-

@@ -16,7 +16,7 @@ def config(keys: Keys) -> ModelConfig:
         rope=keys.rope("neox", common["d_head"]),
         router=keys.router(normalise=False, gating=3, gatings=(3,)),
         d_expert=keys.integer("expert_feed_forward_length"),
-        layers=tuple(LayerConfig(window=0 if index % 2 else window) for index in range(common["n_layers"])),
+        layers=tuple(LayerConfig(window=0 if index % 2 else window) for index in keys.each_layer(common["n_layers"])),
         activation="swiglu-oss",
         sinks=True,
         expert_bias=True,

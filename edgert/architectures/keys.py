@@ -15,6 +15,7 @@ from edgert.errors import ModelFileError, UnsupportedError
 from edgert.types import LayerConfig, RopeConfig, RouterConfig
 
 _LARGEST = 1 << 31
+_MOST_LAYERS = 4096  # where each is described by itself
 # Keys that do not change the arithmetic, or that merely repeat a tensor's shape.
 _HARMLESS = {
     "vocab_size",
@@ -262,7 +263,13 @@ class Keys:
         n_dense = self.integer("leading_dense_block_count", 0, least=0)
         if n_dense >= n_layers:
             raise self.wrong("leading_dense_block_count", n_dense, f"less than the {n_layers} layers that run")
-        return tuple(LayerConfig(routed=index >= n_dense) for index in range(n_layers))
+        return tuple(LayerConfig(routed=index >= n_dense) for index in self.each_layer(n_layers))
+
+    def each_layer(self, n_layers: int) -> range:
+        """The layers' numbers; ModelFileError if there are more than any model has."""
+        if n_layers > _MOST_LAYERS:
+            raise self.wrong("block_count", n_layers, f"at most {_MOST_LAYERS}")
+        return range(n_layers)
 
     def expert_width(self, router: RouterConfig) -> int:
         """Width of an expert. Old files give that of all the experts of a token together, as `feed_forward_length`."""

@@ -12,7 +12,7 @@ NAMES = {"output_norm.weight": "token_embd_norm.weight"}
 
 def config(keys: Keys) -> ModelConfig:
     """Short convolutions in most layers, attention where attention.head_count_kv is above 0; sigmoid routing."""
-    heads = keys.integers("attention.head_count_kv", keys.integer("block_count"))
+    heads = keys.integers("attention.head_count_kv", len(keys.each_layer(keys.integer("block_count"))))
     attending = {n for n in heads if n}
     if len(attending) != 1:
         raise keys.unsupported("attention.head_count_kv", sorted(attending), "one number in all layers that attend")

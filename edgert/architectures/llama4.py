@@ -21,7 +21,7 @@ def config(keys: Keys) -> ModelConfig:
     keys.ignore("expert_shared_count")
     router = keys.router(normalise=False, gating=2, gatings=(2,))
     layers = []
-    for index in range(n_layers):
+    for index in keys.each_layer(n_layers):
         routed = (index + 1) % step == 0
         if (index + 1) % 4:
             layers.append(LayerConfig(routed=routed, span=_SPAN))

@@ -29,7 +29,9 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
     if (inner := keys.integer("ssm.inner_size")) != delta.d_values:
         raise keys.wrong("ssm.inner_size", inner, f"ssm.time_step_rank times ssm.state_size = {delta.d_values}")
     interval = keys.integer("full_attention_interval", 4)
-    layers = [LayerConfig(mixer="delta" if (i + 1) % interval else "attention") for i in range(common["n_layers"])]
+    layers = [
+        LayerConfig(mixer="delta" if (i + 1) % interval else "attention") for i in keys.each_layer(common["n_layers"])
+    ]
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),

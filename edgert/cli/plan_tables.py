@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgert.memory import MemoryPlan
     from edgert.plan import Plan, Range, Speed
     from edgert.plan_parts import Part
+    from edgert.types import ModelConfig
 
 _GIB = 1 << 30
 _READING = 5.0  # tokens a second: 230 words a minute, at four tokens for three words
@@ -53,9 +54,15 @@ def heading(plan: Plan) -> Iterator[str]:
     cold = int(model.record_bytes.sum())
     used = cold * c.router.top_k // c.router.n_expert
     yield (
-        f"{c.n_layers} layers of {c.router.n_expert} experts, {c.router.top_k} used: {size(cold)} of experts, "
+        f"{_layers(c)} of {c.router.n_expert} experts, {c.router.top_k} used: {size(cold)} of experts, "
         f"{size(used)} of them for each token; {context}"
     )
+
+
+def _layers(c: ModelConfig) -> str:
+    """How many layers there are, and how many of them have experts."""
+    n = len(c.expert_layers)
+    return f"{c.n_layers} layers" if n == c.n_layers else f"{c.n_layers} layers, {n} of them"
 
 
 # ---- the first screen ------------------------------------------------------------------------------------------------
