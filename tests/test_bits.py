@@ -105,13 +105,13 @@ def test_a_bundle_holds_what_was_made_for_each_expert(name: str, hot: str | None
                     got = np.zeros(format.matrix_bytes(*mine.shape), np.uint8)
                     mine.pack(got)
                     assert np.array_equal(got, tiles[layer, expert, place])
-        query = ours.layer(0).query.matrix
+        query = ours.layer(0).mixer.query.matrix
         assert query.format.name == (hot or "f32") and query.shape[1] % 32 == 0
-        source_query = theirs.layer(0).query.matrix.whole().to_float()
+        source_query = theirs.layer(0).mixer.query.matrix.whole().to_float()
         step = np.abs(source_query).max() / (2 ** ((FORMATS[hot].bits if hot else 24) - 1) - 1)
         assert np.abs(query.whole().to_float() - source_query).max() <= step
         router = ours.layer(0).router
-        assert router is not None and router.format.name == "f32"  # decides much, and is small
+        assert router is not None and router.matrix.format.name == "f32"  # decides much, and is small
         assert {format.name for format in ours.formats()} >= {FORMATS[n].name for n in NAMES}
         sizes = [ours.sizes_of(f"blk.0.ffn_{part}_exps.weight") for part in ("gate", "up", "down")]
         on_file = sum(sum(size.values()) for size in sizes)

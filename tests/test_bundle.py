@@ -37,6 +37,20 @@ MODELS = [
     "olmoe-q4_0",
     "qwen2moe-f32",
     "qwen3moe-mxfp4",
+    "bailingmoe2-f32",
+    "deepseek2-lite-f32",
+    "deepseek2-v3-f32",
+    "ernie4_5-moe-f32",
+    "glm4moe-f32",
+    "gpt-oss-f32",
+    "gpt-oss-mxfp4",
+    "hunyuan-moe-f32",
+    "lfm2moe-f32",
+    "llama4-f32",
+    "phimoe-f32",
+    "qwen35moe-f32",
+    "qwen35moe-gateup-f32",
+    "qwen3next-f32",
 ]
 MODEL = "qwen2moe-f32"  # biases, shared experts, untied head
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 from test_kernels import random_matrix
 
-from edgert.devices.base import AttentionWeights, ExpertWeights, LayerWeights, Linear, Norm
+from edgert.devices.base import (
+    AttentionWeights,
+    ConvolutionWeights,
+    DeltaWeights,
+    ExpertBiases,
+    ExpertWeights,
+    LatentWeights,
+    LayerWeights,
+    Linear,
+    Norm,
+)
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.reference import ReferenceDevice
 from edgert.engine import Engine, Session
 from edgert.experts.residency import AllResident
 from edgert.quant.formats import FORMATS, Matrix
-from edgert.types import Floats, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from edgert.types import DeltaConfig, Floats, LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 
 N_CONTEXT, N_TOKENS = 96, 34
 
@@ -23,9 +33,11 @@ def config(
     d_model: int, d_ff: int, heads: tuple[int, int], d_head: int, experts: tuple[int, int], shared: int, **other: Any
 ) -> ModelConfig:
     """Two layers; heads: of queries and of keys; experts: how many, and how many of them are used."""
-    router = RouterConfig(*experts) if experts[0] else None
-    rope = RopeConfig("neox" if d_model % 2 else "norm", d_head // 4 * 2)
+    router = RouterConfig(*experts, **other.pop("routing", {})) if experts[0] else None
+    n_rotated = d_head - other["d_value"] if "d_value" in other else d_head // 4 * 2  # the former of latent attention
+    rope = RopeConfig("neox" if d_model % 2 else "norm", n_rotated)
     sizes = {"d_head": d_head, "d_value": d_head, "n_vocab": 53, "n_context": 4096, "eps": 1e-5}
+    sizes |= {name: other.pop(name) for name in ("d_value",) if name in other}
     scales = {"attention_scale": 0.1, "residual_scale": 0.7, "logit_scale": 0.5}
     return ModelConfig(
         "x", 2, d_model, *heads, rope=rope, router=router, d_expert=d_ff, d_shared=shared, **sizes, **scales, **other
@@ -52,24 +64,88 @@ class Weights:
             )
 
         q, kv = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
-        self.layers = [
-            LayerWeights(
-                mixer_norm=Norm(vector(c.d_model)),
-                mixer=AttentionWeights(
-                    query=Linear(matrix(rest, q, c.d_model), vector(q)),
-                    key=Linear(matrix(rest, kv, c.d_model)),
-                    value=Linear(matrix(rest, kv, c.d_model)),
-                    output=Linear(matrix("f16", c.d_model, q)),
-                ),
-                feed_forward_norm=Norm(vector(c.d_model)),
-                router=Linear(matrix("f32", c.router.n_expert, c.d_model)) if c.router else None,
-                shared=expert(c.d_shared) if c.d_shared else None,
-                shared_gate=matrix("f32", 1, c.d_model) if c.shared_gate else None,
+
+        def linear(n_out: int, n_in: int) -> Linear:
+            return Linear(matrix(rest, n_out, n_in))
+
+        def attention(kind: LayerConfig) -> AttentionWeights:
+            normed = kind.normed and c.qk_norm == "head"
+            return AttentionWeights(
+                query=Linear(matrix(rest, q, c.d_model), vector(q)),
+                key=linear(kv, c.d_model),
+                value=linear(kv, c.d_model),
+                output=Linear(matrix("f16", c.d_model, q)),
+                query_norm=vector(c.d_head) if normed else None,
+                key_norm=vector(c.d_head) if normed else None,
+                gate=linear(q, c.d_model) if c.query_gate else None,
+                sinks=vector(c.n_heads) if c.sinks else None,
             )
-            for _ in range(c.n_layers)
+
+        def latent(kind: LayerConfig) -> LatentWeights:
+            assert c.latent is not None
+            rank, plain, out = c.latent.query_rank, c.latent.d_plain, c.latent.d_output
+            return LatentWeights(
+                query=linear(c.n_heads * (plain + c.rope.n_rotated), rank or c.d_model),
+                latent=linear(c.d_value + c.rope.n_rotated, c.d_model),
+                latent_norm=vector(c.d_value),
+                key_up=matrix(rest, c.n_heads * c.d_value, plain),
+                value_up=matrix(rest, c.n_heads * out, c.d_value),
+                output=linear(c.d_model, c.n_heads * out),
+                query_down=linear(rank, c.d_model) if rank else None,
+                query_norm=vector(rank) if rank else None,
+            )
+
+        def convolution(kind: LayerConfig) -> ConvolutionWeights:
+            taps = vector(c.n_taps * c.d_model).reshape(c.n_taps, c.d_model)
+            return ConvolutionWeights(linear(3 * c.d_model, c.d_model), taps, linear(c.d_model, c.d_model))
+
+        def delta(kind: LayerConfig) -> DeltaWeights:
+            d = c.delta
+            assert d is not None
+            return DeltaWeights(
+                input=linear(d.d_channels, c.d_model),
+                gate=linear(d.d_values, c.d_model),
+                beta=Linear(matrix("f32", d.n_value_heads, c.d_model)),
+                alpha=Linear(matrix("f32", d.n_value_heads, c.d_model)),
+                taps=vector(d.n_taps * d.d_channels).reshape(d.n_taps, d.d_channels),
+                decay=-vector(d.n_value_heads),
+                step_bias=vector(d.n_value_heads),
+                norm=vector(d.d_state),
+                output=linear(c.d_model, d.d_values),
+            )
+
+        kinds = {"attention": latent if c.latent else attention, "convolution": convolution, "delta": delta}
+
+        def norm() -> Norm:
+            return Norm(vector(c.d_model), vector(c.d_model) if c.norm_bias else None)
+
+        def biases() -> ExpertBiases:
+            assert c.router is not None
+            widths = (c.d_expert, c.d_expert, c.d_model)
+            return ExpertBiases(*(vector(c.router.n_expert * n).reshape(c.router.n_expert, n) for n in widths))
+
+        def layer(index: int) -> LayerWeights:
+            routed, width, kind = c.has_experts(index), c.d_always(index), c.layer(index)
+            router, n_expert = None, c.router.n_expert if c.router else 0
+            if routed:
+                router = Linear(matrix("f32", n_expert, c.d_model), vector(n_expert) if c.expert_bias else None)
+            return LayerWeights(
+                mixer_norm=norm(),
+                mixer=kinds[kind.mixer](kind),
+                feed_forward_norm=norm(),
+                router=router,
+                choice_bias=vector(n_expert) if routed and c.router and c.router.biased else None,
+                shared=expert(width) if width else None,
+                shared_gate=matrix("f32", 1, c.d_model) if c.shared_gate and routed else None,
+                expert_biases=biases() if routed and c.expert_bias else None,
+            )
+
+        self.layers = [layer(index) for index in range(c.n_layers)]
+        self.experts = [
+            [expert(c.d_expert) for _ in range(c.router.n_expert if c.router and c.has_experts(index) else 0)]
+            for index in range(c.n_layers)
         ]
-        self.experts = [[expert(c.d_expert) for _ in range(c.router.n_expert if c.router else 0)] for _ in self.layers]
-        self.norm, self.head = vector(c.d_model), matrix(rest, c.n_vocab, c.d_model)
+        self.norm, self.head = norm(), matrix(rest, c.n_vocab, c.d_model)
         self.embedding = np.random.default_rng(5).standard_normal((c.n_vocab, c.d_model)).astype(np.float32)
 
     def engine(self, device: Any, kv_type: str) -> tuple[Engine, Session]:
@@ -82,7 +158,7 @@ class Weights:
             for index, expert in enumerate(experts):
                 table[index] = device.pack_expert(expert)
             tables.append(table)
-        device.set_head(Norm(self.norm), Linear(self.head))
+        device.set_head(self.norm, Linear(self.head))
         session = Session(device.new_cache(N_CONTEXT, kv_type))
         return Engine(device.config, device, AllResident(device, tables), lambda ids: self.embedding[ids]), session
 
@@ -94,6 +170,13 @@ def logits(engine: Engine, session: Session, chunk: int) -> Floats:
     return np.concatenate([rows.copy() for n in engine.prefill(ids, session, chunk=chunk) for rows in engine.logits(n)])
 
 
+CONVOLUTION, DELTA, GATED = LayerConfig("convolution", False), LayerConfig("delta"), LayerConfig(normed=True)
+TEMPERED = LayerConfig(rotates=False, normed=False, tempered=True)
+NORMED: dict[str, Any] = {"norm_bias": True, "qk_norm": "head", "norm_late": True}
+HEADS: dict[str, Any] = {"query_gate": True, "qk_norm": "head", "shared_gate": True}
+GROUPED: dict[str, Any] = {"routing": {"n_groups": 2, "n_groups_used": 1, "gating": "sigmoid", "biased": True}}
+LATE: dict[str, Any] = {"routing": {"late": True, "normalise": False}}
+ON_INPUTS: dict[str, Any] = {"routing": {"late": True, "gating": "sigmoid", "on_inputs": True}, "temperature": (0.1, 7)}
 CASES = {
     "odd-floats": (config(40, 24, (3, 1), 12, (5, 2), 9, shared_gate=True), ("f16", "bf16", "f16", "f16")),
     "one-expert": (config(33, 17, (2, 2), 8, (1, 1), 0), ("f32", "f32", "bf16", "f32")),
@@ -105,6 +188,34 @@ CASES = {
     "oss": (config(64, 32, (4, 2), 16, (4, 2), 32, activation="swiglu-oss"), ("mxfp4", "mxfp4", "mxfp4", "int8")),
     "window": (
         config(64, 32, (4, 2), 16, (4, 2), 0, layers=(LayerConfig(window=9),) * 2),
+        ("int4", "int4", "int4", "int4"),
+    ),
+    "latent": (
+        config(64, 32, (3, 1), 64 + 8, (4, 2), 0, d_value=64, latent=LatentConfig(32, 32, 96), **GROUPED),
+        ("int4", "int4", "int4", "int4"),
+    ),
+    "latent-floats": (
+        config(40, 24, (5, 1), 16 + 12, (4, 2), 9, d_value=16, latent=LatentConfig(7, 32)),
+        ("f16", "f16", "f16", "f32"),
+    ),
+    "convolution": (
+        config(40, 24, (3, 1), 12, (5, 2), 0, n_taps=4, d_dense=17, layers=(CONVOLUTION, LayerConfig()), **NORMED),
+        ("f16", "bf16", "f16", "f16"),
+    ),
+    "delta": (
+        config(64, 32, (4, 2), 16, (4, 2), 32, delta=DeltaConfig(2, 6, 32, 3), layers=(DELTA, GATED), **HEADS),
+        ("int4", "int8", "int4", "int4"),
+    ),
+    "delta-in-turn": (
+        config(64, 32, (4, 2), 16, (4, 2), 0, delta=DeltaConfig(3, 6, 16, 2, True), layers=(DELTA, DELTA)),
+        ("f32", "f32", "f32", "f16"),
+    ),
+    "sinks": (
+        config(64, 33, (4, 2), 16, (5, 3), 0, sinks=True, expert_bias=True, activation="swiglu-oss", **LATE),
+        ("f16", "f16", "f16", "int4"),
+    ),
+    "on-inputs": (
+        config(64, 32, (4, 2), 16, (5, 3), 32, **ON_INPUTS, layers=(LayerConfig(span=5), TEMPERED), qk_norm="unit"),
         ("int4", "int4", "int4", "int4"),
     ),
 }

@@ -23,6 +23,21 @@ MODELS = [
     "qwen3moe-q4_1",
     "granitemoe-shared-f32",
     "llama-q4_k",
+    "bailingmoe2-f32",
+    "deepseek2-lite-f32",
+    "deepseek2-v3-f32",
+    "dots1-f32",
+    "ernie4_5-moe-f32",
+    "glm4moe-f32",
+    "gpt-oss-f32",
+    "gpt-oss-mxfp4",
+    "hunyuan-moe-f32",
+    "lfm2moe-f32",
+    "llama4-f32",
+    "phimoe-f32",
+    "qwen35moe-f32",
+    "qwen35moe-gateup-f32",
+    "qwen3next-f32",
 ]
 
 
