@@ -327,6 +327,8 @@ class CpuDevice:
     def ahead(self, layer: int) -> list[Floats]:
         """What the routers of the next layers make of this layer's state."""
         assert self.config.router is not None
+        if not self.config.has_experts(layer):
+            return []
         scores, n_layers = self._rows["ahead_scores"].floats, self.config.n_layers
         n = min(self._n_ahead, n_layers - 1 - layer)
         without = np.flatnonzero(self._layer_records["router"][layer + 1 : layer + 1 + n] == 0)

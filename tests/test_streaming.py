@@ -102,6 +102,36 @@ def test_golden_models_answer_as_if_all_experts_were_in_ram(name: str, folder: P
                 check(host, expected, case["chunk"], mode=mode, predictors=predictors, **options)
 
 
+# Layers without experts, biases, groups, weights on inputs, states: what the architectures above do not have.
+OTHERS = (
+    "bailingmoe2-f32",
+    "deepseek2-lite-f32",
+    "deepseek2-v3-f32",
+    "dots1-f32",
+    "ernie4_5-moe-f32",
+    "glm4moe-f32",
+    "gpt-oss-f32",
+    "gpt-oss-mxfp4",
+    "hunyuan-moe-f32",
+    "lfm2moe-f32",
+    "llama4-f32",
+    "phimoe-f32",
+    "qwen35moe-gateup-f32",
+    "qwen3next-f32",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_architectures_too(name: str, folder: Path) -> None:
+    expected = resident(golden_path(name))
+    expected = expected[0], expected[1][:16]
+    with bundle_of(folder, golden_path(name)) as bundle, Host(bundle) as host:
+        check(host, expected, 48, share=0.0, policy="lru", mode="off")
+        check(host, expected, 7, share=0.25, policy="edgemoe", mode="always", predictors=tuple(PREDICTORS))
+        check(host, expected, 70, share=0.5, policy="lfru", mode="auto", predictors=tuple(PREDICTORS), halves=False)
+        check(host, expected, 1, share=0.5, policy="cost", mode="always", predictors=("router",))
+
+
 # 20: experts in ascending id, 48: whole layers read ahead as well
 @pytest.mark.parametrize(
     ("policy", "mode", "share", "chunk", "threads"),
