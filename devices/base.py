@@ -153,7 +153,10 @@ class Cache(Protocol):
 
     n_context: int
     n_bytes: int
-    has_states: bool  # whether there are any of the latter
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there are any of the latter."""
 
     def begin(self, start: int) -> None:
         """A step begins at position `start`: 0, where the last one ended, or what `rewind` returned."""

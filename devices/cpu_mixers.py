@@ -204,7 +204,8 @@ class Mixers:
     ) -> None:
         """Make the jobs, over these buffers, and tell the layers (LAYER) of them. step: address of STEP."""
         keep, c = self._keeper.keep, self._config
-        addresses = {kind: address_of(function, 4) for kind, function in functions(c).items()}
+        used = functions(c) if self._made else {}
+        addresses = {kind: address_of(function, 4) for kind, function in used.items()}
         self._attending = [i for i, made in enumerate(self._made) if made.kind in ("attention", "gated", "latent")]
         self._jobs = np.zeros(len(self._made), ATTEND_JOB)  # those of layers that do not attend are not used
         if self._attending:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from edgert.devices.attention import ATTENTION
 from edgert.devices.base import APART, ExpertGroup, Routed, Table
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.kv_cache import KvCache
@@ -59,13 +58,17 @@ class CpuAttention:
         self.begin, self.head, self.close = device.begin, device.head, device.close
         self.look_ahead, self.state = device.ahead, device.state
         n_expert = config.router.n_expert if config.router else 0
-        self._tables = [device.new_table(n_expert) if n_expert else None] * config.n_layers
+        routed = [config.has_experts(layer) for layer in range(config.n_layers)]
+        self._stopped = 0  # the layer that the device stopped at
+        self._tables = [device.new_table(n_expert) if has else None for has in routed]
 
     def attend(self, layer: int, cache: KvCache, start: int, n_ahead: int) -> Routes | None:
-        """Run a layer up to its experts; without any, all layers are run at once."""
+        """Run a layer up to its experts; those without any are run at once with the next that has some."""
         self._layer = layer
-        if self._tables[layer] is not None or layer == 0:
-            self._device.run_layers(self._tables, None, cache, start, layer, every_layer=True, n_ahead=n_ahead)
+        if layer == 0 or layer > self._stopped:
+            self._stopped = self._device.run_layers(
+                self._tables, None, cache, start, layer, every_layer=True, n_ahead=n_ahead
+            )
         return self._device.routed(layer).routes if self._tables[layer] is not None else None
 
     def inputs(self) -> Floats:
@@ -95,6 +98,11 @@ class _ExpertsOnly(CpuDevice):
         small = replace(
             config,
             n_layers=1,
+            layers=(),
+            latent=None,
+            delta=None,
+            n_taps=0,
+            query_gate=False,
             n_heads=1,
             n_kv_heads=1,
             d_head=16,
@@ -105,7 +113,7 @@ class _ExpertsOnly(CpuDevice):
         )
         rope = replace(config.rope, n_rotated=16)
         super().__init__(replace(small, rope=rope), 1, **options)
-        self._layers, self._attention = [np.zeros(1, LAYER)], [np.zeros(1, ATTENTION)]
+        self._layers = [np.zeros(1, LAYER)]
         self._ready = False
 
     def start(self, table: Table, inputs: Floats, routed: Routed) -> None:

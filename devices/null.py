@@ -11,30 +11,16 @@ import numpy.typing as npt
 
 from edgert.devices.base import APART, CHUNK, ExpertGroup, ExpertWeights, LayerWeights, Linear, Norm, Routed, Table
 from edgert.devices.routing import choose_reference, pairs_reference
+from edgert.devices.states import WithoutStates
 from edgert.quant.formats import Format, PackedPart
 from edgert.types import Floats, Ids, ModelConfig
 
 
-class NullCache:
+class NullCache(WithoutStates):
     """A cache that holds nothing."""
-
-    has_states = False
 
     def __init__(self, n_context: int) -> None:
         self.n_context, self.n_bytes = n_context, 0
-
-    def begin(self, start: int) -> None:
-        """Nothing is to be prepared."""
-
-    def end(self, position: int) -> None:
-        """Nothing is to be noted."""
-
-    def keep(self) -> None:
-        """There is nothing."""
-
-    def rewind(self, n: int) -> int:
-        """Any position will do."""
-        return n
 
 
 class NullDevice:

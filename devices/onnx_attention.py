@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from edgert.devices.base import LayerWeights, Linear, rope_angles
+from edgert.devices.base import LayerWeights, Linear, Norm, rope_angles
 from edgert.devices.onnx_builder import Size
 from edgert.devices.onnx_graphs import attention_graph, head_graph
 from edgert.devices.onnx_quantised import Ranges, Rounding
 from edgert.devices.onnx_runtime import Buffer, Call, Model, Settings, View, session
 from edgert.devices.onnx_weights import floats
+from edgert.devices.states import WithoutStates
 from edgert.errors import OptionError
 from edgert.quant import reference
 from edgert.quant.formats import Format
@@ -28,7 +29,7 @@ CACHED = {"f16": np.float16, "f32": np.float32}  # types of the cache
 _MASKED = np.float32(-1e30)
 
 
-class OnnxCache:
+class OnnxCache(WithoutStates):
     """Keys (n_context, n_kv_heads, d_head) and values (..., d_value) of each layer, on the device."""
 
     def __init__(self, config: ModelConfig, n_context: int, kv_type: str, memory: str, n_spare: int = 0) -> None:
@@ -109,11 +110,12 @@ class OnnxAttention:
         self._calls.append(self._sessions(graph))
         self._weights.append(weights)
         router = weights.router
-        self._routers.append(None if router is None else (weights.feed_forward_norm, floats(router)))
-        if weights.window not in self._masks:
-            self._masks[weights.window] = Buffer((self.chunk, self._n_context + self._n_spare), np.float32)
+        self._routers.append(None if router is None else (weights.feed_forward_norm.weight, floats(router.matrix)))
+        window = self.config.layer(len(self._weights) - 1).window
+        if window not in self._masks:
+            self._masks[window] = Buffer((self.chunk, self._n_context + self._n_spare), np.float32)
 
-    def set_head(self, norm: Floats, output: Linear) -> None:
+    def set_head(self, norm: Norm, output: Linear) -> None:
         """Take the final norm and the output head."""
         settings, n = self._settings, 1 if self._settings.static else "n"
         rounding = self._rounding(self._ranges.head if self._ranges else None)
@@ -151,7 +153,7 @@ class OnnxAttention:
         end, self._n_ahead = self._end(start), n_ahead
         keys, values = cache.layers[layer]
         inputs = {name: table.rows(start, n) for name, table in self._tables.items()}
-        inputs |= {"x": self._stream, "mask": self._mask(weights.window, start), **self._added}
+        inputs |= {"x": self._stream, "mask": self._mask(self.config.layer(layer).window, start), **self._added}
         inputs |= {"keys": keys.rows(0, end), "values": values.rows(0, end)}
         outputs = {"new_x": self._x[turn].rows(0, n), "normed": self._normed.rows(0, n)}
         outputs |= {"new_keys": inputs["keys"], "new_values": inputs["values"]}

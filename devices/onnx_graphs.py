@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgert.devices.base import ExpertWeights, LayerWeights, Linear
+from edgert.devices.base import AttentionWeights, ExpertWeights, LayerWeights, Linear, Norm
 from edgert.devices.onnx_builder import Graph, Size
 from edgert.devices.onnx_quantised import Rounding
 from edgert.devices.onnx_runtime import Model
@@ -56,11 +56,13 @@ def attention_graph(
     """
     g = Graph(exact=exact, rounding=rounding)
     x = residual(g, c, before, n)
-    normed = g.norm(x, weights.attention_norm, c.eps)
-    out = _attention(g, c, weights, normed, kv_dtype, (n, t))
-    new_x = g.op("Add", x, _scaled_product(g, out, weights.output, c.residual_scale), name="new_x")
+    mixer = weights.mixer
+    assert isinstance(mixer, AttentionWeights), "a device of ONNX Runtime is refused for other models"
+    normed = g.norm(x, weights.mixer_norm.weight, c.eps)
+    out = _attention(g, c, mixer, normed, kv_dtype, (n, t))
+    new_x = g.op("Add", x, _scaled_product(g, out, mixer.output, c.residual_scale), name="new_x")
     g.output(new_x, np.float32, n, c.d_model)
-    normed = g.op("Identity", g.norm(new_x, weights.feed_forward_norm, c.eps), name="normed")
+    normed = g.op("Identity", g.norm(new_x, weights.feed_forward_norm.weight, c.eps), name="normed")
     g.output(normed, np.float32, n, c.d_model)
     if weights.shared is not None:
         _, shared = g.network(normed, weights.shared, c.activation)
@@ -68,12 +70,12 @@ def attention_graph(
             shared = g.op("Mul", shared, g.op("Sigmoid", g.exact_product(normed, weights.shared_gate)))
         g.output(g.op("Identity", shared, name="new_shared"), np.float32, n, c.d_model)
     if weights.router is not None:
-        _routes(g, c, g.exact_product(normed, weights.router), n)
+        _routes(g, c, g.exact_product(normed, weights.router.matrix), n)
     return g.model()
 
 
 def _attention(
-    g: Graph, c: ModelConfig, weights: LayerWeights, normed: str, kv_dtype: Any, sizes: tuple[Size, Size]
+    g: Graph, c: ModelConfig, weights: AttentionWeights, normed: str, kv_dtype: Any, sizes: tuple[Size, Size]
 ) -> str:
     """Attention of the chunk, (n, n_heads d_value); keys and values are written into the cache."""
     tokens, t = sizes
@@ -194,7 +196,7 @@ def sum_graph(c: ModelConfig, n: Size = "n", pairs: Size = "pairs") -> Model:
 
 def head_graph(
     c: ModelConfig,
-    norm: Floats,
+    norm: Norm,
     output: Linear,
     last: LayerWeights | None,
     *,
@@ -204,6 +206,6 @@ def head_graph(
 ) -> Model:
     """Inputs: those of `residual`, of the last layer. Output: logits (n, n_vocab)."""
     g = Graph(exact=exact, rounding=rounding)
-    x = g.norm(residual(g, c, last, n), norm, c.eps)
+    x = g.norm(residual(g, c, last, n), norm.weight, c.eps)
     g.output(g.op("Identity", _scaled_product(g, x, output, c.logit_scale), name="logits"), np.float32, n, c.n_vocab)
     return g.model()

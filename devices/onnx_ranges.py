@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgert.devices.base import ExpertWeights, LayerWeights, Linear, rope_angles
+from edgert.devices.base import ExpertWeights, LayerWeights, Linear, Norm, rope_angles
 from edgert.devices.onnx_graphs import attention_graph, expert_graph, head_graph
 from edgert.devices.onnx_quantised import Ranges, Rounding
 from edgert.devices.onnx_runtime import Model, Settings, session, settings_for
@@ -19,7 +19,7 @@ class Source(Protocol):
 
     def layer(self, index: int) -> LayerWeights: ...
     def expert(self, layer: int, index: int) -> ExpertWeights: ...
-    def head(self) -> tuple[Floats, Linear]: ...
+    def head(self) -> tuple[Norm, Linear]: ...
     def rope_divisors(self) -> Floats | None: ...
 
 
@@ -38,7 +38,7 @@ def measure(
         progress(layer / config.n_layers)
         weights = source.layer(layer)
         graph = attention_graph(config, weights, None, np.float32, exact=True, rounding=_watched())
-        made = _run(graph, settings, {"x": x, **texts.inputs(weights.window)})
+        made = _run(graph, settings, {"x": x, **texts.inputs(config.layer(layer).window)})
         attention.append(made["ranges"])
         x = made["new_x"]
         added = made.get("new_shared", np.float32(0))

@@ -21,7 +21,7 @@ from edgert.devices.onnx_runtime import FORMS, PROVIDERS, Settings, form_of, set
 from edgert.devices.split import AttentionPart, ExpertPart, SplitDevice
 from edgert.errors import OptionError
 from edgert.quant import jit
-from edgert.types import Floats, ModelConfig
+from edgert.types import Floats, LayerConfig, ModelConfig
 
 _PARTS = ("attention", "experts")
 UNIFIED = Path("/etc/nv_tegra_release")  # a Jetson's: what its GPU takes is the machine's memory
@@ -84,6 +84,11 @@ class Selection:
 
         DeviceError: a provider that is not there; OptionError: what it does not do.
         """
+        for name, lacking in ((self.attention, beyond_attention(config)), (self.experts, beyond_experts(config))):
+            if name.startswith("onnx:") and lacking:
+                raise OptionError(
+                    f"device={name!r} does not have {lacking}, which {config.architecture} needs; use cpu"
+                )
         options: dict[str, Any] = {"threads": threads, "activations": activations, "chunk": chunk}
         if self.attention == self.experts and not self.onnx:
             return cast(Device, _whole(self.attention)(config, n_context, rope_divisors=rope_divisors, **options))
@@ -93,6 +98,32 @@ class Selection:
             _attention(self.attention, config, n_context, kv_type, angles | options, ranges),
             _experts(self.experts, config, options, ranges, is_hot),
         )
+
+
+def beyond_attention(c: ModelConfig) -> str:
+    """What a model has, all but its routed experts, that graphs of ONNX Runtime do not; nothing if they have it all."""
+    r, plain = c.router, LayerConfig()
+    found = {
+        "latent attention": c.latent is not None,
+        "gated delta nets": c.delta is not None,
+        "short convolutions": c.n_taps > 0,
+        "gates behind attention": c.query_gate,
+        "attention sinks": c.sinks,
+        "norms with biases": c.norm_bias,
+        "norms behind or without a rotation": c.norm_late or c.qk_norm == "unit",
+        "layers that differ": any(replace(layer, window=0) != plain for layer in c.layers),
+        "this kind of routing": r is not None and (r.late or r.biased or r.on_inputs or r.n_groups > 1),
+    }
+    return next((words for words, has in found.items() if has), "")
+
+
+def beyond_experts(c: ModelConfig) -> str:
+    """The same of routed experts."""
+    if c.expert_bias:
+        return "experts with biases"
+    if c.router is not None and len(c.expert_layers) < c.n_layers:
+        return "layers without experts"
+    return "weights on experts' inputs" if c.router is not None and c.router.on_inputs else ""
 
 
 def _attention(

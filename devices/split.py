@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgert.devices.base import READY, Cache, ExpertGroup, ExpertWeights, LayerWeights, Linear, Routed, Table
+from edgert.devices.base import READY, Cache, ExpertGroup, ExpertWeights, LayerWeights, Linear, Norm, Routed, Table
 from edgert.devices.routing import pairs_reference
 from edgert.quant.formats import Format, PackedPart
 from edgert.types import Floats, Ids, ModelConfig, Routes
@@ -30,7 +30,7 @@ class AttentionPart(Protocol):
         self, formats: Iterable[Format], kv_type: str, activations: str, config: ModelConfig | None = None
     ) -> list[tuple[Any, int]]: ...
     def add_layer(self, weights: LayerWeights) -> None: ...
-    def set_head(self, norm: Floats, output: Linear) -> None: ...
+    def set_head(self, norm: Norm, output: Linear) -> None: ...
     def new_cache(self, n_context: int, kv_type: str) -> Cache: ...
     def begin(self, embeddings: Floats) -> None: ...
 
@@ -181,7 +181,9 @@ class SplitDevice:
 
     def chosen(self, layer: int) -> tuple[Ids, Floats]:
         """Ids and weights of a layer that the step has run through."""
-        return self._chosen[layer]
+        assert self.config.router is not None
+        shape = len(self._attention.state()), self.config.router.top_k
+        return self._chosen.get(layer, (np.zeros(shape, np.int64), np.zeros(shape, np.float32)))
 
     def ahead(self, layer: int) -> list[Floats]:
         """What the routers of the next layers made of a layer's state."""

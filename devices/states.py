@@ -111,6 +111,25 @@ class States:
         return self._position
 
 
+class WithoutStates:
+    """What a cache says that has none; see devices.base.Cache."""
+
+    has_states = False
+
+    def begin(self, start: int) -> None:
+        """Nothing is to be prepared."""
+
+    def end(self, position: int) -> None:
+        """Nothing is to be noted."""
+
+    def keep(self) -> None:
+        """Any position can be come back to."""
+
+    def rewind(self, n: int) -> int:
+        """Any position will do."""
+        return n
+
+
 class WithStates:
     """What a cache says of the states in it; see devices.base.Cache."""
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgert.devices.base import ExpertGroup, ExpertWeights, LayerWeights, Linear, Routed
+from edgert.devices.base import ExpertGroup, ExpertWeights, LayerWeights, Linear, Norm, Routed
 from edgert.devices.cpu_parts import CpuAttention, CpuExperts
 from edgert.devices.routing import pairs_reference
 from edgert.devices.split import Seen
@@ -33,7 +33,7 @@ class Source(Protocol):
 
     def layer(self, index: int) -> LayerWeights: ...
     def expert(self, layer: int, index: int) -> ExpertWeights: ...
-    def head(self) -> tuple[Floats, Linear]: ...
+    def head(self) -> tuple[Norm, Linear]: ...
     def rope_divisors(self) -> Floats | None: ...
 
 
@@ -120,7 +120,8 @@ class _Replay:
         """One layer, on all that was noted of it, and on the prompt's own stream."""
         last = index == self._config.n_layers - 1
         norm, head = self._source.head() if last else _no_head(self._config)
-        config = replace(self._config, n_layers=1, n_vocab=head.matrix.shape[0])
+        layers = (self._config.layer(index),) if self._config.layers else ()
+        config = replace(self._config, n_layers=1, n_vocab=head.matrix.shape[0], layers=layers)
         divisors = self._source.rope_divisors()
         cpu = CpuAttention(config, self._n_context, rope_divisors=divisors, **self._options)
         try:
@@ -170,7 +171,7 @@ class _Replay:
 
     def _experts(self, index: int, noted: list[Seen]) -> list[Floats | None]:
         """The experts' sums for all of these, each expert read once; notes the errors of those that have sums too."""
-        if self._config.router is None:
+        if self._config.router is None or not self._config.has_experts(index):
             return [None] * len(noted)
         inputs = np.concatenate([seen.inputs for seen in noted if seen.inputs is not None])
         routes = [seen.routes for seen in noted if seen.routes is not None]
@@ -235,6 +236,6 @@ def _log_shares(logits: Floats) -> Any:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _no_head(config: ModelConfig) -> tuple[Floats, Linear]:
+def _no_head(config: ModelConfig) -> tuple[Norm, Linear]:
     """A head that nobody asks."""
-    return np.ones(config.d_model, np.float32), Linear(Matrix(F32, np.zeros((1, config.d_model), np.float32)))
+    return Norm(np.ones(config.d_model, np.float32)), Linear(Matrix(F32, np.zeros((1, config.d_model), np.float32)))

@@ -89,7 +89,7 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
         hot *= 2 if of_part[False] else 1  # graphs of a token and of a chunk
     if device.experts != "cpu" and config.router:
         cold = sum(n_bytes for name, n_bytes in forms.items() if weights.is_cold(name))
-        cold += config.n_layers * config.router.n_expert * onnx_memory.SESSION_BYTES
+        cold += len(config.expert_layers) * config.router.n_expert * onnx_memory.SESSION_BYTES
         beside = cold / found.cold
     own = {chunk: work for chunk, work in found.work.items() if chunk <= onnx_memory.CHUNK}
     return replace(
