@@ -47,7 +47,7 @@ WORD_BYTES = 340  # of the tokenizer and the metadata it is made of, for each to
 # cache: a buffer that makes the machine page is slower than a smaller one. A tenth is what a desktop's programs move by
 # within a minute; the guard sees what is more. The kernel's own reserve, 1 %, is not counted as available anyway.
 HEAD_ROOM_SHARE, HEAD_ROOM_LEAST, HEAD_ROOM_MOST = 0.10, 128 * _MIB, 2048 * _MIB
-_CHUNK_SHARE = 4  # work space takes at most this part of what is left for it and experts together
+_CHUNK_SHARE = 4  # a longer chunk's further work space takes at most this part of what the shortest leaves
 _KERNEL_BYTES = 16 * _MIB  # page tables and the like of this process as it stands: planned for, but not available
 
 
@@ -287,8 +287,9 @@ class Needs:
 def plan_memory(needs: Needs, budget: Budget, *, residency: float | None = None) -> MemoryPlan:
     """Which experts stay in RAM, and how many tokens a step takes.
 
-    All of them if they fit; else the longest chunk whose work space takes at most a quarter of what is left (a prompt
-    reads all experts once a chunk), and the rest is expert buffer. residency: the share of the experts to hold instead.
+    All of them if they fit; else the longest chunk whose work space takes at most a quarter of what the shortest leaves
+    (a prompt reads all experts once a chunk), and the rest is expert buffer. residency: the share of the experts to
+    hold instead.
     MemoryLimitError: below the floor.
     """
     lowest = needs.floor()
@@ -314,7 +315,8 @@ def _streamed(needs: Needs, limit: int) -> MemoryPlan:
     floor, share = needs.floor(), 1 + needs.beside
     experts = floor.slots + floor.forms
     left = limit - floor.total + experts + least  # for experts and work space
-    most = max(least, min(left // _CHUNK_SHARE, left - experts))
+    more = left - least  # what the shortest chunk leaves
+    most = least + max(0, min(more // _CHUNK_SHARE, more - experts))
     chunk = max(chunk for chunk, work in needs.work.items() if work <= most)
     return needs.plan(chunk, min(int((left - needs.work[chunk]) / share), needs.cold))
 

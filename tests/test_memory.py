@@ -138,6 +138,15 @@ def test_the_chunk_is_short_where_memory_is() -> None:
         assert not plan_memory(NEEDS, stated(parse_size(enough) // MIB)).warning
 
 
+def test_work_space_that_every_chunk_takes_makes_none_shorter() -> None:
+    wide = replace(NEEDS, work={chunk: work + 700 * MIB for chunk, work in NEEDS.work.items()})  # as for a large head
+    for more in (300, 400, 1000):
+        plain, same = (
+            plan_memory(needs, stated(FLOOR // MIB + more + extra)) for needs, extra in ((NEEDS, 0), (wide, 700))
+        )
+        assert (same.chunk, same.slots) == (plain.chunk, plain.slots)
+
+
 def test_below_the_floor_the_numbers_are_named() -> None:
     least = FLOOR // MIB
     assert plan_memory(NEEDS, stated(least)).slots == 27 * MIB
