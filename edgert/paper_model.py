@@ -6,7 +6,7 @@ Types are those that llama-quantize gives, near enough to tell sizes within a fe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from gguf import GGMLQuantizationType as Type
 
 from edgert.architectures import read_config
 from edgert.errors import ModelFileError, OptionError
-from edgert.huggingface_config import FolderConfig, read_folder_config
+from edgert.huggingface_config import read_folder_config
 from edgert.huggingface_families import FAMILIES
+from edgert.preset_keys import KeyPreset
 from edgert.storage.gguf_header import TensorInfo
 from edgert.storage.json_file import JsonObject
-from edgert.tensor_table import EMBEDDING, FINAL_NORM, HEAD, layer_tensors, optional_layer_tensors
+from edgert.tensor_table import EMBEDDING, HEAD, layer_tensors, model_tensors, optional_layer_tensors
 from edgert.types import ModelConfig
 
 # What most matrices are stored in, what the sensitive ones (some of the values and down projections), what the head.
@@ -36,6 +37,7 @@ QUANTISATIONS = {
     "bf16": (Type.BF16, Type.BF16, Type.BF16),
 }
 DEFAULT_QUANTISATION = "q4_k_m"
+_WHOLE = {"ffn_gate_inp.weight", "ssm_alpha.weight", "ssm_beta.weight"}  # small, and stored as they are
 # For rows that are no multiple of 256, as llama-quantize chooses.
 _FALLBACKS = {Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
@@ -66,30 +68,47 @@ def paper_model(config_json: JsonObject, quantisation: str, name: str, path: Pat
     Raises UnsupportedError and ModelFileError for what edgert does not run or makes no sense, OptionError for a
     quantisation that is not known.
     """
-    if quantisation not in QUANTISATIONS:
-        raise OptionError(f"{quantisation!r:.40} is no quantisation known here; use {', '.join(QUANTISATIONS)}")
+    _check(quantisation)
     folder = read_folder_config(config_json)
     metadata = {**folder.metadata, "general.name": name}
     config = read_config(metadata, str(path))
-    types = _types(config, folder, quantisation)
-    return PaperFile(path, metadata, types), config
+    biases = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+    found = biases if folder.family is FAMILIES["Qwen2MoeForCausalLM"] else ()
+    return PaperFile(path, metadata, _types(config, folder.tied, found, None, quantisation)), config
 
 
-def _types(config: ModelConfig, folder: FolderConfig, quantisation: str) -> dict[str, TensorInfo]:
-    """The table of tensors."""
+def paper_preset(preset: KeyPreset, quantisation: str, path: Path) -> tuple[PaperFile, ModelConfig]:
+    """The same of a preset by GGUF's keys."""
+    _check(quantisation)
+    config = read_config(preset.metadata, str(path))
+    types = _types(config, preset.tied, preset.biases, preset.experts, quantisation)
+    return PaperFile(path, preset.metadata, types), config
+
+
+def _check(quantisation: str) -> None:
+    if quantisation not in QUANTISATIONS:
+        raise OptionError(f"{quantisation!r:.40} is no quantisation known here; use {', '.join(QUANTISATIONS)}")
+
+
+def _types(
+    config: ModelConfig, tied: bool, biases: Sequence[str], experts: Type | None, quantisation: str
+) -> dict[str, TensorInfo]:
+    """The table of tensors. biases: which of attention's there are; experts: their own type, if they have one."""
     body, more, head = QUANTISATIONS[quantisation]
     embedding = (config.n_vocab, config.d_model)
-    tensors = [_tensor(EMBEDDING, embedding, head if folder.tied else body)]
-    tensors.append(_tensor(FINAL_NORM, (config.d_model,), Type.F32))
-    if not folder.tied:
+    tensors = [_tensor(EMBEDDING, embedding, head if tied else body)]
+    vectors = {name: shape for name, shape in model_tensors(config).items() if name != EMBEDDING}
+    tensors += [_tensor(name, shape, Type.F32) for name, shape in vectors.items()]
+    if not tied:
         tensors.append(_tensor(HEAD, embedding, head))
-    biases = {"attn_q.bias", "attn_k.bias", "attn_v.bias"} if folder.family is FAMILIES["Qwen2MoeForCausalLM"] else ()
     for layer in range(config.n_layers):
         optional = {name: shape for name, shape in optional_layer_tensors(config, layer).items() if name in biases}
         for name, shape in {**layer_tensors(config, layer), **optional}.items():
             kind = more if _is_sensitive(name, layer, config.n_layers) else body
-            if len(shape) == 1 or name == "ffn_gate_inp.weight":
+            if len(shape) == 1 or name in _WHOLE:
                 kind = Type.F32
+            elif experts is not None and name.endswith("_exps.weight"):
+                kind = experts
             tensors.append(_tensor(f"blk.{layer}.{name}", shape, kind))
     return {tensor.name: tensor for tensor in tensors}
 

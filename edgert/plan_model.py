@@ -14,7 +14,8 @@ from edgert.huggingface import is_huggingface_folder
 from edgert.loading import EMBEDDED, context_of, name_of, open_model, resolve
 from edgert.memory import WORD_BYTES, Needs
 from edgert.needs import needs, record_bytes
-from edgert.paper_model import DEFAULT_QUANTISATION, QUANTISATIONS, PaperFile, paper_model
+from edgert.paper_model import DEFAULT_QUANTISATION, QUANTISATIONS, PaperFile, paper_model, paper_preset
+from edgert.preset_keys import KEY_PRESETS
 from edgert.presets import PRESETS, TITLES, preset_named
 from edgert.storage.bundle import PROFILE, Bundle, is_bundle
 from edgert.storage.gguf_file import GgufFile
@@ -84,7 +85,7 @@ def open_plan_model(name: str | None, profile: Path | None = None) -> PlanModel:
     plain, quantisation = _split(name)
     path = None if plain is None else Path(plain)
     if plain is not None and path is not None and plain != EMBEDDED and not path.exists():
-        if plain.lower() in PRESETS or not path.suffix.lower() == ".gguf":
+        if plain.lower() in {**PRESETS, **KEY_PRESETS} or not path.suffix.lower() == ".gguf":
             return _preset(plain, quantisation, profile)
     if path is not None and is_huggingface_folder(path):
         if quantisation is not None or not any(path.glob("*.safetensors")):
@@ -110,6 +111,10 @@ def _split(name: str | None) -> tuple[str | None, str | None]:
 
 
 def _preset(name: str, quantisation: str | None, profile: Path | None) -> PlanModel:
+    kind, keys = quantisation or DEFAULT_QUANTISATION, KEY_PRESETS.get(name.lower())
+    if keys is not None:
+        file, config = paper_preset(keys, kind, Path(name))
+        return _made(keys.title, f"preset, as {kind.upper()} on paper", None, file, config, profile)
     values = preset_named(name)
     return _on_paper(JsonObject(values, f"the preset {name}"), quantisation, TITLES[name.lower()], None, profile)
 

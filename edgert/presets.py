@@ -9,6 +9,7 @@ import difflib
 from typing import Any
 
 from edgert.errors import OptionError
+from edgert.preset_keys import KEY_PRESETS
 
 _QWEN3 = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "head_dim": 128, "vocab_size": 151936}
 
@@ -99,9 +100,10 @@ def preset_named(name: str) -> dict[str, Any]:
     found = PRESETS.get(name.lower())
     if found is not None:
         return found
-    near = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.5)
+    known = [*PRESETS, *KEY_PRESETS]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     meant = f"; did you mean {near[0]}?" if near else "."
     raise OptionError(
-        f"{name!r:.60} is neither a file nor a preset{meant} Presets are: {', '.join(PRESETS)}; or give a GGUF file "
+        f"{name!r:.60} is neither a file nor a preset{meant} Presets are: {', '.join(known)}; or give a GGUF file "
         "(its first megabytes are enough), a bundle, a Hugging Face folder or its config.json"
     )

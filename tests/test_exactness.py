@@ -109,7 +109,8 @@ CPUS = {path.name: {"EDGERT_ISA": path.name} for path in isa.PATHS if set(path.n
 
 
 def test_every_instruction_path_gives_the_same_bits(tmp_path: Path) -> None:
-    names = ["llama-q4_0", "olmoe-q8_0", "qwen3moe-q4_1"]
+    names = ["llama-q4_0", "olmoe-q8_0", "qwen3moe-q4_1", "deepseek2-v3-f32", "gpt-oss-mxfp4"]
+    names += ["lfm2moe-f32", "qwen3next-f32", "llama4-f32", "phimoe-f32"]
     folder = golden(names[0])[0].parent
     answers = {}
     for path, extra in CPUS.items():

@@ -1,0 +1,216 @@
+"""The architectures beyond the first five: their real sizes, their variants in files, and what of them is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import engine_of, golden, golden_path, run
+
+from edgert.architectures import read_config
+from edgert.devices.cpu import CpuDevice
+from edgert.devices.reference import ReferenceDevice
+from edgert.devices.selection import beyond_attention, beyond_experts, parse
+from edgert.errors import EdgertError, ModelFileError, OptionError, UnsupportedError
+from edgert.plan_model import open_plan_model
+from edgert.preset_keys import KEY_PRESETS
+from edgert.storage.gguf_file import GgufFile
+from edgert.weights import Weights
+
+Tensors = dict[str, Any]
+
+
+def metadata(name: str) -> dict[str, Any]:
+    with GgufFile.open(golden_path(name)) as file:
+        return {key: file.metadata[key] for key in file.metadata}
+
+
+# ---- real sizes ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", KEY_PRESETS)
+def test_tables_of_tensors_add_up_to_what_the_makers_say(name: str) -> None:
+    """Parameters of the real models, within the published tenth of a billion; and a floor far below the file."""
+    preset, model = KEY_PRESETS[name], open_plan_model(name)
+    assert abs(model.n_parameters / 1e9 - preset.billions) < 0.1
+    needed = model.needs(4096, "f16", 4)
+    assert needed.hot + needed.cold < 1.1 * model.file_bytes
+    assert needed.floor().total < 0.25 * model.file_bytes < needed.plan(512).total
+    sizes, config = model.record_bytes, model.config
+    assert np.flatnonzero(sizes.any(axis=1)).tolist() == config.expert_layers and sizes.sum() == needed.cold
+    assert needed.working_set == needed.cold * needed.top_k // sizes.shape[1]
+
+
+# ---- other forms of the same model -----------------------------------------------------------------------------------
+def rewritten(name: str, target: Path, change: Callable[[Tensors], None], **keys: Any) -> Path:
+    """A fixture with other tensors, all F32."""
+    import gguf
+
+    reader = gguf.GGUFReader(golden_path(name))
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(target, architecture)
+    for key, entry in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            value = keys.get(key.removeprefix(f"{architecture}.").replace(".", "_"), entry.contents())
+            writer.add_key_value(key, value, entry.types[0], entry.types[-1] if len(entry.types) > 1 else None)
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    change(tensors)
+    for tensor, data in tensors.items():
+        writer.add_tensor(tensor, np.ascontiguousarray(data, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_an_input_matrix_of_delta_nets_in_the_older_order(tmp_path: Path) -> None:
+    """ssm_in, grouped by key head, instead of attn_qkv and attn_gate."""
+
+    def join(tensors: Tensors) -> None:
+        for layer in (0, 1, 2):
+            mixed, gate = (tensors.pop(f"blk.{layer}.{part}.weight") for part in ("attn_qkv", "attn_gate"))
+            query, key, value = np.split(mixed, (32, 64))  # two key heads and four value heads of 16
+            parts = (
+                query.reshape(2, 16, 64),
+                key.reshape(2, 16, 64),
+                value.reshape(2, 32, 64),
+                gate.reshape(2, 32, 64),
+            )
+            tensors[f"blk.{layer}.ssm_in.weight"] = np.concatenate(parts, axis=1).reshape(-1, 64)
+
+    path = rewritten("qwen3next-f32", tmp_path / "older.gguf", join)
+    tokens = golden("qwen3next-f32")[1]["tokens"].tolist()
+    assert (run(*engine_of(path), tokens) == run(*engine_of(golden_path("qwen3next-f32")), tokens)).all()
+
+
+@pytest.mark.parametrize("device", [CpuDevice, ReferenceDevice])
+def test_attention_in_one_matrix_with_a_bias(tmp_path: Path, device: Any) -> None:
+    def join(tensors: Tensors) -> None:
+        for layer in (0, 1, 2):
+            for kind in ("weight", "bias"):
+                parts = [tensors.pop(f"blk.{layer}.attn_{name}.{kind}") for name in "qkv"]
+                tensors[f"blk.{layer}.attn_qkv.{kind}"] = np.concatenate(parts)
+
+    path, tokens = rewritten("glm4moe-f32", tmp_path / "joined.gguf", join), list(range(20, 40))
+    expected = run(*engine_of(golden_path("glm4moe-f32"), device=device), tokens)
+    assert (run(*engine_of(path, device=device), tokens) == expected).all()
+
+
+def test_what_need_not_be_there(tmp_path: Path) -> None:
+    """GLM-4.5-Air norms neither q nor k; a bailingmoe2 may have no biases for the choice. Others are missed."""
+
+    def without(*parts: str) -> Callable[[Tensors], None]:
+        def change(tensors: Tensors) -> None:
+            for name in [name for name in tensors if any(part in name for part in parts)]:
+                del tensors[name]
+
+        return change
+
+    for name, part in (("glm4moe-f32", "attn_q_norm"), ("bailingmoe2-f32", "exp_probs_b")):
+        parts = (part, part.replace("_q_", "_k_"))
+        engine, session = engine_of(rewritten(name, tmp_path / f"{name}.gguf", without(*parts)))
+        assert np.isfinite(run(engine, session, [1, 2, 3])).all()
+    for name, part in (("glm4moe-f32", "exp_probs_b"), ("gpt-oss-f32", "attn_sinks"), ("qwen3moe-f32", "attn_q_norm")):
+        path = rewritten(name, tmp_path / "less.gguf", without(part))
+        with GgufFile.open(path) as file, pytest.raises(ModelFileError, match=f"{part}.* is missing"):
+            Weights(file, read_config(file.metadata, str(path)))
+
+
+def test_layers_that_predict_further_are_left_out() -> None:
+    with GgufFile.open(golden_path("glm4moe-f32")) as file:
+        config = read_config(file.metadata, "m")
+        weights = Weights(file, config)
+        assert config.n_layers == 2 and config.n_unused_layers == 1
+        assert not any(name.startswith("blk.2.") for name in weights.shapes)
+        assert any(name.startswith("blk.2.") for name in file.tensors)
+
+
+def test_divisors_for_short_and_for_long_contexts() -> None:
+    with GgufFile.open(golden_path("phimoe-f32")) as file:
+        weights = Weights(file, read_config(file.metadata, "m"))
+        short, long = (weights.rope_divisors(n) for n in (4096, 4097))
+        assert short is not None and long is not None and not np.array_equal(short, long)
+        stored = file.read("rope_factors_long.weight").view(np.float32)
+        assert np.array_equal(long, stored)
+
+
+def test_scores_under_yarn_without_its_multiplier() -> None:
+    """Then cos, sin and scores all grow by 1 + 0.1 ln(factor); with it scores alone, by as much times it."""
+    keys = metadata("deepseek2-lite-f32")
+    config = read_config(keys, "m")
+    assert config.rope.magnitude == 1.0
+    grown = 1 + 0.1 * 10 * 0.0707 * np.log(40.0)
+    assert np.isclose(config.attention_scale, grown**2 * 24**-0.5)
+    del keys["deepseek2.rope.scaling.yarn_log_multiplier"]
+    plain = read_config(keys, "m")
+    assert np.isclose(plain.rope.magnitude, 1 + 0.1 * np.log(40.0))
+    assert np.isclose(plain.attention_scale, plain.rope.magnitude**2 * 24**-0.5)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "key", "value", "kind", "message"),
+    [
+        ("dots1-f32", "expert_gating_func", 4, UnsupportedError, "expert_gating_func is 4; supported are 1 (softmax)"),
+        ("gpt-oss-f32", "expert_gating_func", 1, UnsupportedError, "supported are 3 (softmax over the chosen)"),
+        ("deepseek2-v3-f32", "expert_group_count", 3, ModelFileError, "a divisor of expert_count = 16"),
+        ("deepseek2-v3-f32", "expert_group_used_count", 5, ModelFileError, "a whole number from 1 to 4"),
+        ("deepseek2-v3-f32", "leading_dense_block_count", 3, ModelFileError, "less than the 3 layers that run"),
+        ("deepseek2-v3-f32", "attention.kv_lora_rank", 24, UnsupportedError, "kv_lora_rank is 24; supported is a mul"),
+        ("deepseek2-v3-f32", "rope.scaling.type", "longrope", UnsupportedError, "supported are none, linear, yarn"),
+        ("deepseek2-v3-f32", "attention.temperature_length", 8192, UnsupportedError, "temperature_length = 8192"),
+        ("glm4moe-f32", "nextn_predict_layers", 3, ModelFileError, "less than block_count = 3"),
+        ("dots1-f32", "nextn_predict_layers", 1, UnsupportedError, "nextn_predict_layers = 1 is not supported"),
+        (
+            "lfm2moe-f32",
+            "attention.head_count_kv",
+            np.array([0, 1, 2, 0]),
+            UnsupportedError,
+            "one number in all layers",
+        ),
+        ("lfm2moe-f32", "attention.head_count_kv", np.array([0, 2]), ModelFileError, "for each of 4 layers"),
+        ("qwen3next-f32", "ssm.time_step_rank", 3, ModelFileError, "a multiple of ssm.group_count = 2"),
+        ("qwen3next-f32", "ssm.inner_size", 48, ModelFileError, "times ssm.state_size = 64"),
+        ("qwen3next-f32", "ssm.state_size", 8, UnsupportedError, "ssm.state_size is 8; supported is a multiple of 16"),
+        ("llama4-f32", "block_count", 1 << 20, ModelFileError, "block_count is 1048576, not at most 4096"),
+        ("ernie4_5-moe-f32", "interleave_moe_layer_step", None, ModelFileError, "interleave_moe_layer_step is missing"),
+        ("bailingmoe2-f32", "expert_gating_func", None, ModelFileError, "expert_gating_func is missing"),
+    ],
+)
+def test_refusals_name_the_key_and_the_value(
+    name: str, key: str, value: Any, kind: type[EdgertError], message: str
+) -> None:
+    changed = metadata(name)
+    full = f"{changed['general.architecture']}.{key}"
+    if value is None:
+        del changed[full]
+    else:
+        changed[full] = value
+    with pytest.raises(kind) as caught:
+        read_config(changed, "some.gguf")
+    assert message in str(caught.value) and str(caught.value).startswith("some.gguf") and "\n" not in str(caught.value)
+
+
+def test_metadata_that_contradict_tensors_name_both() -> None:
+    changed = metadata("qwen3next-f32") | {"qwen3next.ssm.conv_kernel": 3}
+    with GgufFile.open(golden_path("qwen3next-f32")) as file:
+        with pytest.raises(ModelFileError, match=r"ssm_conv1d\.weight has shape \(128, 4\).*ask for \(384,\)"):
+            Weights(file, read_config(changed, "m"))
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-f32", "deepseek2-v3-f32", "qwen3next-f32", "lfm2moe-f32", "llama4-f32"])
+def test_devices_of_onnx_runtime_are_refused_by_what_they_lack(name: str) -> None:
+    config = read_config(metadata(name), "m")
+    assert beyond_attention(config)
+    message = f"device='onnx:cpu' does not have {beyond_attention(config)}, which {config.architecture} needs; use cpu"
+    with pytest.raises(OptionError, match=message):
+        parse("onnx:cpu").make(config, 64)
+    assert bool(beyond_experts(config)) == (name != "qwen3next-f32")
+
+
+@pytest.mark.parametrize("name", ["llama-f32", "olmoe-f32", "qwen2moe-f32", "qwen3moe-f32", "granitemoe-shared-f32"])
+def test_the_first_five_are_not(name: str) -> None:
+    config = read_config(metadata(name), "m")
+    assert beyond_attention(config) == beyond_experts(config) == ""
