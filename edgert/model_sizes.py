@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +25,7 @@ def model_sizes(parts: Parts) -> dict[str, Any]:
     needed = needs(parts.weights, parts.session.cache.n_context, "f16")
     return {
         "name": name_of(parts.file),
-        "config": asdict(parts.engine.config),
+        "config": json.loads(json.dumps(asdict(parts.engine.config))),
         "hot": needed.hot,
         "words": needed.tokenizer // WORD_BYTES,
     }

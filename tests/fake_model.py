@@ -140,8 +140,11 @@ def install(model: Model, set_module=sys.modules.__setitem__) -> Model:
         return model
 
     module = types.ModuleType("edgert.model")
-    module.load, module.Model, module.describe = load, Model, lambda path, context=None, memory=None: DESCRIPTION
+    module.load, module.Model = load, Model
     set_module("edgert.model", module)
+    describing = types.ModuleType("edgert.describing")
+    describing.describe = lambda path, context=None, memory=None: DESCRIPTION
+    set_module("edgert.describing", describing)
     return model
 
 

@@ -455,9 +455,9 @@ def test_inspect_prints_every_value_in_human_units(run, model, monkeypatch):
 
 def test_inspect_counts_memory_for_the_context_asked_for(run, model, monkeypatch):
     asked = []
-    describe = sys.modules["edgert.model"].describe
+    describe = sys.modules["edgert.describing"].describe
     monkeypatch.setattr(
-        sys.modules["edgert.model"], "describe", lambda p, **options: asked.append((p, options)) or describe(p)
+        sys.modules["edgert.describing"], "describe", lambda p, **options: asked.append((p, options)) or describe(p)
     )
     run("inspect", "--context", "512")
     run("inspect")
@@ -478,9 +478,9 @@ def test_inspect_counts_memory_for_the_context_asked_for(run, model, monkeypatch
 )
 def test_inspect_plans_for_a_budget_with_or_without_a_size(run, model, monkeypatch, arguments, model_name, memory):
     asked = []
-    describe = sys.modules["edgert.model"].describe
+    describe = sys.modules["edgert.describing"].describe
     monkeypatch.setattr(
-        sys.modules["edgert.model"], "describe", lambda p, **options: asked.append((p, options)) or describe(p)
+        sys.modules["edgert.describing"], "describe", lambda p, **options: asked.append((p, options)) or describe(p)
     )
     code, _, err = run("inspect", *arguments.split())
     assert (code, err) == (0, "")
