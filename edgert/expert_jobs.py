@@ -90,6 +90,8 @@ def jobs_of(
         found = weights.expert(layer, expert)
         gate, up, down = (_floats(matrix) for matrix in (found.gate, found.up, found.down))
         rows, importance = states.of(layer, expert)
+        if weights.config.router is not None and weights.config.router.on_inputs:
+            rows, importance = rows * importance[:, None], np.ones_like(importance)
         rows16 = rows.astype(np.float16)  # as they were kept
         activation = weights.config.activation
         yield ExpertJob(layer, expert, gate, up, down, rows16, importance, formats, quantiser, activation)

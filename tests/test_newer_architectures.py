@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from edgert.devices.cpu import CpuDevice
 from edgert.devices.reference import ReferenceDevice
 from edgert.devices.selection import beyond_attention, beyond_experts, parse
 from edgert.errors import EdgertError, ModelFileError, OptionError, UnsupportedError
+from edgert.expert_jobs import jobs_of
 from edgert.plan_model import open_plan_model
 from edgert.preset_keys import KEY_PRESETS
 from edgert.storage.gguf_file import GgufFile
@@ -147,6 +148,24 @@ def test_scores_under_yarn_without_its_multiplier() -> None:
     plain = read_config(keys, "m")
     assert np.isclose(plain.rope.magnitude, 1 + 0.1 * np.log(40.0))
     assert np.isclose(plain.attention_scale, plain.rope.magnitude**2 * 24**-0.5)
+
+
+class Rows:
+    """States of an expert, see edgert.states."""
+
+    def of(self, layer: int, expert: int) -> tuple[Any, Any]:
+        return np.full((3, 64), 2.0, np.float32), np.array([0.5, 0.25, 1.0], np.float32)
+
+
+@pytest.mark.parametrize(("name", "scaled"), [("llama4-f32", True), ("dots1-f32", False)])
+def test_quantisers_see_what_an_expert_takes(name: str, scaled: bool) -> None:
+    """Where a router's weights multiply the inputs, they do not multiply the output too."""
+    with GgufFile.open(golden_path(name)) as file:
+        weights = Weights(file, read_config(file.metadata, "m"))
+        job = next(jobs_of(weights, cast(Any, Rows()), iter([(1, 0, ("int8",))]), "gptq"))
+    shares = [0.5, 0.25, 1.0]
+    assert job.rows[:, 0].tolist() == [2 * share if scaled else 2.0 for share in shares]
+    assert job.importance.tolist() == ([1.0] * 3 if scaled else shares)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
