@@ -46,6 +46,7 @@ from edgert.tensor_table import (
 from edgert.types import Floats, ModelConfig
 from edgert.weight_sources import BundleSource, FileSource, WeightSource
 
+_FIRST = tuple(f"attn_{part}.{kind}" for part in "qkv" for kind in ("weight", "bias"))
 Progress = Callable[[str, float], None]  # called with (stage, fraction from 0 to 1)
 
 
@@ -265,7 +266,9 @@ class Weights:
         """All that is always resident, by the names of tensor_table, the head always there."""
         c = self.config
         for layer in range(c.n_layers):
-            for name in self._layer_shapes(layer):
+            names = self._layer_shapes(layer)
+            first = [name for name in _FIRST if name in names]  # where bundles have had them
+            for name in (*first, *(name for name in names if name not in _FIRST)):
                 if not self.is_cold(name):
                     yield self._hot(f"blk.{layer}.{name}")
         for name in {**optional_model_tensors(c), **model_tensors(c)}:
