@@ -1,7 +1,7 @@
 """Routed experts through ONNX Runtime, several of them at work at a time.
 
 Each has its weights in the form that the provider multiplies fastest. Of an expert that lies in a record that form is
-made when the expert is first used, and dropped when another takes the record's place.
+made when the expert is first used, and dropped when another is placed where the record lay.
 """
 
 from __future__ import annotations

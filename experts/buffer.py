@@ -273,8 +273,11 @@ class ExpertBuffer:
     def resize(self, n_bytes: int) -> None:
         """Give up what lies beyond a new size, a multiple of 4,096; nothing is under way."""
         assert n_bytes % ALIGNMENT == 0 and not self.reads
+        beyond = self._slots.memory[n_bytes:]
         for key in np.flatnonzero((self.state == READY) & (self._place + self.sizes > n_bytes)).tolist():
             self.give_up(key)
+            layer, expert = divmod(key, self.n_expert)  # what a device made of records that lay there goes with them
+            self._device.place_expert(self._table(layer), expert, self._records.parts(layer, expert), beyond)
         self._slots.set_limit(n_bytes)
 
     def check(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,23 @@ def test_sessions_of_streamed_experts_go_when_others_take_their_places(tmp_path:
         answer(engine, session, list(range(40)), 1, 10)
         alive = sum(row.run is not None for table in experts.residency.tables for row in table)
         assert 0 < alive <= len(experts.slots.memory) // int(bundle.record_bytes.min())
+
+
+def test_sessions_of_streamed_experts_go_with_the_end_of_the_buffer(tmp_path: Path) -> None:
+    source = golden_path("olmoe-q4_0")
+    bundle = Bundle.open(pack(source, tmp_path / "m.edge", progress=lambda stage, fraction: None))
+    with bundle, Host(bundle, device=device("onnx:cpu")) as host:
+        engine, session, experts = host.streamed(share=1.0)
+        expected = answer(engine, session, list(range(40)), 40, 4)
+        session.tokens.clear()
+        made = [weakref.ref(row.run) for table in experts.residency.tables for row in table if row.run is not None]
+        experts.residency.request_bytes(experts.residency.least_bytes)
+        n_slots = experts.residency.least_bytes // int(bundle.record_bytes.min())
+        engine.step([1], session)
+        session.tokens.clear()
+        assert len(made) > 2 * n_slots >= 2 * sum(run() is not None for run in made)
+        found = answer(engine, session, list(range(40)), 40, 4)
+        assert (found[0] == expected[0]).all() and found[1] == expected[1]
 
 
 @pytest.mark.parametrize("own", [True, False])
