@@ -12,6 +12,7 @@ from edgert.types import ModelConfig
 
 CHUNK = 128  # most tokens of a step: the scores of all heads are there at once
 LIBRARY_BYTES = 40 << 20  # onnx, onnxruntime and what they load
+VERIFIED = 40  # tokens that a device is held against the CPU with, on first use
 SESSION_BYTES = 384 << 10  # of each session, beside its weights
 
 
@@ -37,3 +38,13 @@ def work_bytes(config: ModelConfig, n_context: int, chunk: int, kv_type: str) ->
     pairs = chunk * top_k * (3 * c.d_model + 5 * c.d_expert)
     routers = c.n_layers * n_expert * c.d_model
     return 4 * (scores + cached + rows + pairs + routers + HEAD_ROWS * c.n_vocab + c.rope.n_rotated * n_context)
+
+
+def verifying_bytes(config: ModelConfig, layer: int, head: int, expert: int) -> int:
+    """What the first use takes besides: one layer, the head and an expert as the CPU has them, read and packed, and
+    what was noted of each layer; of logits the device's and the CPU's, and logarithms of both in float64.
+
+    layer, head, expert: bytes of the largest once packed.
+    """
+    noted = 5 * config.n_layers * config.d_model * 4
+    return layer + head + 2 * expert + VERIFIED * (noted + config.n_vocab * (2 * 4 + 4 * 8))

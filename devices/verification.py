@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgert.devices.base import ExpertGroup, ExpertWeights, LayerWeights, Linear, Norm, Routed
+from edgert.devices.buffers import aligned, round_up
 from edgert.devices.cpu_parts import CpuAttention, CpuExperts
 from edgert.devices.routing import pairs_reference
 from edgert.devices.split import Seen
-from edgert.quant.formats import F32, Matrix
+from edgert.quant.formats import F32, Matrix, PackedPart
 from edgert.types import Floats, ModelConfig, Routes
 
 # The most that a graph may be off, as a share of what it makes, in root mean squares; and the most that predictions for
@@ -182,10 +183,16 @@ class _Replay:
         try:
             table = experts.new_table(n_expert)
             used = np.flatnonzero(routed.first[1:] > routed.first[:-1])
-            for expert in used.tolist():
-                table[expert] = experts.pack_expert(self._source.expert(index, expert))
+            parts = {expert: _parts(self._source.expert(index, expert)) for expert in used.tolist()}
+            record = aligned(max(part[-1].offset + part[-1].n_bytes for part in parts.values()))
+            for expert, described in parts.items():
+                experts.place_expert(table, expert, described, record)
             experts.start(table, inputs, routed)
-            experts.experts(ExpertGroup(used))
+            for expert, described in parts.items():  # one at a time: a layer's experts take much memory
+                source = self._source.expert(index, expert)
+                for part, matrix in zip(described, (source.gate, source.up, source.down), strict=True):
+                    matrix.pack(record[part.offset : part.offset + part.n_bytes])
+                experts.experts(ExpertGroup(np.array([expert])))
             ends = np.cumsum([len(r.ids) for r in routes])[:-1]
             totals = np.split(experts.total().copy(), ends)
         finally:
@@ -215,6 +222,15 @@ class _Replay:
         """What came of it."""
         misrouted = float(np.mean(self._misrouted)) if self._misrouted else 0.0
         return Findings(self._errors, self._divergence if np.isfinite(self._divergence) else np.inf, misrouted)
+
+
+def _parts(weights: ExpertWeights) -> tuple[PackedPart, ...]:
+    """Where an expert's matrices lie in a record."""
+    parts, offset = list[PackedPart](), 0
+    for matrix in (weights.gate, weights.up, weights.down):
+        parts.append(PackedPart(matrix.format, matrix.shape, offset))
+        offset += round_up(parts[-1].n_bytes, 64)
+    return tuple(parts)
 
 
 def _copied(routes: Routes | None) -> Routes | None:

@@ -250,7 +250,7 @@ class Needs:
     buffers: int = 0  # of reads and guesses, where experts are streamed
     streams: bool = False  # whether experts can stay on flash
     beside: float = 0.0  # bytes that a device keeps of an expert in a form of its own, for each byte of its record
-    libraries: int = 0  # that the device loads
+    libraries: int = 0  # that the device loads, and what its verification takes
     n_hot: int | None = None  # experts of each layer that lie in a graphics card's memory; None: none do
 
     @property

@@ -17,7 +17,7 @@ from edgert.memory import WORD_BYTES, Needs, mib
 from edgert.quant import jit
 from edgert.storage.bundle import Bundle
 from edgert.storage.bundle_manifest import PAGE, round_up
-from edgert.tensor_table import EMBEDDING
+from edgert.tensor_table import EMBEDDING, HEAD
 from edgert.types import Ids, ModelConfig
 from edgert.weight_sources import KEPT_ROWS
 from edgert.weights import Weights
@@ -97,12 +97,24 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
         hot=hot,
         beside=beside,
         loading=loading,
-        libraries=onnx_memory.LIBRARY_BYTES,
+        libraries=onnx_memory.LIBRARY_BYTES + _verifying(weights, in_ram, found.record),
         work={
             chunk: onnx_memory.work_bytes(config, n_context, chunk, kv_type) + (work if device.compiled else 0)
             for chunk, work in own.items()
         },
     )
+
+
+def _verifying(weights: Weights, in_ram: list[str], record: int) -> int:
+    """What it takes to hold the device against the CPU on first use."""
+    from edgert.devices import onnx_memory
+
+    layers = dict.fromkeys(range(weights.config.n_layers), 0)
+    for name in in_ram:
+        if name.startswith("blk.") and not weights.is_cold(name):
+            layers[int(name.split(".")[1])] += weights.bytes_of(name)
+    head = weights.bytes_of(HEAD if HEAD in weights.shapes else EMBEDDING)
+    return onnx_memory.verifying_bytes(weights.config, max(layers.values()), head, record)
 
 
 def _on_cpu(weights: Weights, n_context: int, kv_type: str, threads: int | None, activations: str) -> Needs:

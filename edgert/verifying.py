@@ -35,9 +35,10 @@ def area(radius: float) -> float: return 3.14159 * radius ** 2  # in square metr
 Water boils at 100 degrees Celsius at sea level, and at about 93 on a mountain of 2,000 metres. Why is that?
 Hello! Can you help me plan a trip to Lisbon? Of course: how many days do you have, and what do you like to eat?
 {"name": "Ada", "age": 36, "tags": ["a", "b"], "ok": true} Er sagte nichts. Elle est partie hier soir. 12 + 30 = 42."""
-_MOST_TOKENS = 32  # of the prompt
+MOST_TOKENS = 32  # of the prompt
+_MOST_NAMED = 3  # kinds of nodes that another provider ran, in an error
 _FLOAT32 = 1e-5  # most that a product of float32 may be off; of TF32 and fp16 it is some 3e-4, of bf16 2e-3
-_RANDOM_ROWS = 8
+RANDOM_ROWS = 8
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _DRIVERS = ("/proc/driver/nvidia/version", "/etc/nv_tegra_release")
 
@@ -178,8 +179,8 @@ class Verifier:
         device, stage = engine.device, f"verifying {self._selection.name} against the CPU, once"
         assert isinstance(device, SplitDevice)
         report(stage, 0.0)
-        prompt = tokens[:_MOST_TOKENS]
-        random = np.random.default_rng(20).standard_normal((_RANDOM_ROWS, engine.config.d_model), dtype=np.float32)
+        prompt = tokens[:MOST_TOKENS]
+        random = np.random.default_rng(20).standard_normal((RANDOM_ROWS, engine.config.d_model), dtype=np.float32)
         texts = [
             _noted(engine, device, session, [engine.embed(prompt[:-1]), engine.embed(prompt[-1:])]),
             _noted(engine, device, session, [random[:-1], random[-1:]]),
@@ -201,8 +202,10 @@ class Verifier:
         if not product_error <= _FLOAT32:
             problems.append(f"products of float32 are off by {product_error:.1g}: it computes in fewer bits than asked")
         if fallen:
-            counted = ", ".join(f"{count} of {name}" for name, count in fallen.items())
-            problems.append(f"it leaves nodes to another provider: {counted}")
+            most = sorted(fallen.items(), key=lambda one: -one[1])[:_MOST_NAMED]
+            counted = ", ".join(f"{count} of {name}" for name, count in most)
+            more = f", and {len(fallen) - len(most)} other kinds" if len(fallen) > len(most) else ""
+            problems.append(f"it leaves nodes to another provider: {counted}{more}")
         return replace(
             self._verdict,
             errors=found.errors,

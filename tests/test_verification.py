@@ -20,12 +20,19 @@ import edgert
 from edgert import device_speed, doctor, verifying
 from edgert.device_speed import record_speed, speeds_of
 from edgert.devices import onnx_attention, onnx_experts, onnx_forms, onnx_placement, onnx_runtime
+from edgert.devices.cpu import CpuDevice
+from edgert.devices.cpu_parts import CpuExperts
+from edgert.devices.onnx_memory import LIBRARY_BYTES, VERIFIED
 from edgert.devices.onnx_placement import fallen
 from edgert.devices.verification import Findings
 from edgert.errors import DeviceError
+from edgert.memory import PROCESS_BYTES
+from edgert.tensor_table import HEAD
 
 PROVIDERS = [provider.name for provider in onnx_runtime.available()]
 PROVEN = [provider.name for provider in onnx_runtime.available() if provider.proven]
+CPUINFO = Path("/proc/cpuinfo")
+HAS_BF16 = CPUINFO.exists() and any(name in CPUINFO.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,29 @@ def test_streamed_experts_are_verified_too(model: Path, tmp_path: Path) -> None:
     assert not verdict.problems and verdict.errors["experts"] < 1e-2
 
 
+def test_the_cpu_has_one_expert_at_a_time_while_it_verifies(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed(*options: Any) -> None:
+        raise AssertionError("kept until the layer is done")
+
+    at_work: list[int] = []
+    run = CpuExperts.experts
+    monkeypatch.setattr(CpuExperts, "experts", lambda self, group: (at_work.append(len(group.ids)), run(self, group)))
+    monkeypatch.setattr(CpuDevice, "pack_expert", packed)
+    load(model, "onnx:cpu")
+    (verdict,) = verifying.verdicts()
+    assert set(at_work) == {1} and not verdict.problems and verdict.errors["experts"] < 1e-2
+
+
+def test_what_verifying_takes_is_planned_for(model: Path) -> None:
+    assert verifying.MOST_TOKENS + verifying.RANDOM_ROWS == VERIFIED
+    with edgert.load(model, device="onnx:cpu", context=64) as opened, opened.held() as parts:
+        config, planned = parts.engine.config, opened.memory
+        head = next(one for one in parts.weights.hot() if one.name == HEAD).matrix
+    assert head is not None
+    verified = planned.process - PROCESS_BYTES - LIBRARY_BYTES
+    assert verified > head.format.matrix_bytes(*head.shape) + VERIFIED * 40 * config.n_vocab
+
+
 @pytest.mark.parametrize(
     ("part", "output", "words"),
     [
@@ -104,9 +134,10 @@ def test_a_provider_with_wrong_numbers_is_refused_with_the_figure(
 
 @pytest.mark.skipif("azure" not in PROVIDERS, reason="this onnxruntime has no provider that takes nothing")
 def test_a_provider_that_leaves_its_work_to_the_cpu_is_refused_by_name(model: Path) -> None:
-    with pytest.raises(DeviceError, match=r"leaves nodes to another provider: .*MatMul on CPUExecutionProvider"):
+    with pytest.raises(DeviceError, match=r"leaves nodes to another provider: \d+ of .*and \d+ other kinds") as told:
         load(model, "onnx:azure")
     (verdict,) = verifying.verdicts()
+    assert "MatMul on CPUExecutionProvider" in verdict.fallen and str(told.value).count("CPUExecutionProvider") == 3
     assert not any("off by" in problem for problem in verdict.problems)  # the numbers are the CPU's
     load(model, "onnx:azure!")
 
@@ -147,13 +178,17 @@ def test_a_provider_that_rounds_floats_is_refused(model: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif("openvino" not in PROVIDERS, reason="onnxruntime-openvino is not installed")
-def test_openvino_heeds_the_precision_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_heeds_the_precision_that_it_is_told() -> None:
     settings = onnx_runtime.settings_for("openvino", 2, "int8")
     assert onnx_placement.product_error(settings) < 1e-6
+
+
+@pytest.mark.skipif("openvino" not in PROVIDERS, reason="onnxruntime-openvino is not installed")
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 that OpenVINO could compute in")
+def test_openvino_is_seen_to_compute_in_bf16_if_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"device_type": "CPU", "load_config": json.dumps({"CPU": {"INFERENCE_PRECISION_HINT": "bf16"}})}
     monkeypatch.setattr(onnx_runtime.Settings, "provider_options", lambda self: told)
-    if "avx512_bf16" in Path("/proc/cpuinfo").read_text() or "amx_bf16" in Path("/proc/cpuinfo").read_text():
-        assert onnx_placement.product_error(settings) > 1e-4
+    assert onnx_placement.product_error(onnx_runtime.settings_for("openvino", 2, "int8")) > 1e-4
 
 
 def test_what_runs_where_is_read_back() -> None:
