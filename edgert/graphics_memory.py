@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 
 import numpy as np
 import numpy.typing as npt
 
+from edgert.devices.onnx_runtime import provider_of
 from edgert.devices.selection import Selection
 from edgert.errors import OptionError
 from edgert.memory import parse_size
@@ -20,11 +22,19 @@ _QUERY = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounit
 def card_bytes(gpu_memory: str | int | None, device: Selection) -> int | None:
     """Bytes that may be used of the card that a device computes on; None: nobody knows, or it has no card.
 
-    OptionError for no size, and for a size where there is no card.
+    OptionError for no size, for a size where there is no card, and for none where experts lie on one and nobody knows
+    what is free; DeviceError for a card's provider that is not there.
     """
     has_card = device.on_card("attention") or device.on_card("experts")
     if gpu_memory is None:
-        return _free() if has_card else None
+        found = _free() if has_card else None
+        if found is None and device.on_card("experts"):
+            provider_of(device.experts.removeprefix("onnx:"))
+            raise OptionError(
+                f"device={device.name!r}: nvidia-smi does not say how much of the card's memory is free; say how much "
+                "may be used with --gpu-memory, for example 6GiB"
+            )
+        return found
     if not has_card:
         raise OptionError(f"gpu_memory={gpu_memory!r}: {device.name} has no memory of its own; leave it away")
     if isinstance(gpu_memory, float) or "%" in str(gpu_memory):
@@ -38,16 +48,20 @@ def card_bytes(gpu_memory: str | int | None, device: Selection) -> int | None:
 
 
 def _free() -> int | None:
-    with contextlib.suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
-        found = subprocess.run(_QUERY, capture_output=True, text=True, timeout=10, check=True).stdout
-        return int(_USED_SHARE * (int(found.split()[0]) << 20))
+    """Of the card that CUDA counts first among those it may see; of those it may be, the one that has least."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+    sorted_alike = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"  # else the fastest comes first
+    which = ("-i", first or "0") if sorted_alike or not (first or "0").isdigit() else ()
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        found = subprocess.run((*_QUERY, *which), capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(_USED_SHARE * (min(map(int, found.split())) << 20))
     return None
 
 
 def hot_experts(n_hot: int, shape: tuple[int, int], used: Floats | None) -> npt.NDArray[np.bool_]:
     """Which experts (n_layers, n_expert) lie on the card: of each layer the n_hot that are used most.
 
-    used: how often each is, of that shape; None: nobody knows, and the first ones are taken.
+    used: how often each is, of that shape; None: there is no profile, and the first ones are taken.
     """
     order = np.tile(np.arange(shape[1]), (shape[0], 1)) if used is None else np.argsort(-used, axis=1, kind="stable")
     found = np.zeros(shape, np.bool_)

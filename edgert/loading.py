@@ -225,7 +225,7 @@ def _all_fits(needed: Needs, budget: Budget, share: float | None) -> bool:
 
 
 def _hot(n_hot: int, weights: Weights) -> npt.NDArray[np.bool_]:
-    """Experts that a graphics card has: those that a profile found to be used most."""
+    """Experts that a graphics card has: those that a profile found to be used most, or the first ones."""
     config = weights.config
     assert config.router is not None
     shape = config.n_layers, config.router.n_expert

@@ -67,8 +67,8 @@ def load(
     replay` reads it. context: positions, by default the model's own up to 4096. threads: by default the physical cores
     that the process may use. device: "auto", "cpu", "reference", "onnx:PROVIDER", or "attention=NAME,experts=NAME", see
     devices.selection. gpu_memory: most bytes of a graphics card's own memory ("6GiB"), by default nine tenths of what
-    is free: as many experts as fit lie there, those used most, and the others in RAM. kv_type: "f16", "f32", or "int8",
-    which is lossy.
+    is free: as many experts as fit lie there, those that a profile found to be used most or without one the first of
+    each layer, and the others in RAM. kv_type: "f16", "f32", or "int8", which is lossy.
     activations: "int8", or "f32" to verify. progress(stage, fraction) is called while loading. reserved: bytes of
     `memory` that the caller itself will take. power: "cool" takes threads away while the board is hot, with the same
     answers; "full" never does. Raises EdgertError.

@@ -28,7 +28,7 @@ F32_BOUND = 2e-3
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What ONNX Runtime computes is on a card with a memory of its own."""
     monkeypatch.setattr(Selection, "on_card", lambda self, part: "onnx:" in getattr(self, part))
-    monkeypatch.setattr(graphics_memory, "_free", lambda: None)
+    monkeypatch.setattr(graphics_memory, "_free", lambda: 1 << 40)
     monkeypatch.setattr(verifying, "folder", lambda: tmp_path / "verdicts")
 
 
@@ -59,7 +59,7 @@ def test_as_many_experts_as_fit_lie_on_the_card(card: None, tmp_path: Path) -> N
     path = tiny_moe.write(tmp_path / "tiny.gguf")
     expected = edgert.load(path, device="cpu", context=64).generate("a b", max_tokens=4, temperature=0).text
     with edgert.load(path, device="onnx:cpu", context=64) as model:
-        assert not isinstance(experts_of(model), HotExperts)  # nobody knows a bound
+        assert not isinstance(experts_of(model), HotExperts)  # there is room for all
         whole = model.memory
     with pytest.raises(MemoryLimitError, match=r"--gpu-memory 1MiB is below the \d+ MiB that onnx:cpu takes") as error:
         edgert.load(path, device="onnx:cpu", context=64, gpu_memory="1MiB")
@@ -81,6 +81,57 @@ def test_a_size_is_for_devices_that_have_a_card(tmp_path: Path) -> None:
         card_bytes("much", parse("cuda"))
     assert card_bytes("1GiB", parse("attention=cuda,experts=cpu")) == 1 << 30
     assert parse("cuda").on_card("experts") and not parse("attention=cuda,experts=cpu").on_card("experts")
+
+
+@pytest.fixture
+def smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A program in the place of nvidia-smi: two cards, with 1,000 and 2,000 MiB free."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *"-i 0") echo 1000;; *"-i 1"|*"-i GPU-2") echo 2000;;'
+        " *-i*) echo No devices; exit 6;; *) echo 2000; echo 1000;; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "free"),
+    [
+        (None, None, 1000),  # CUDA's first may be either
+        (None, "PCI_BUS_ID", 1000),
+        ("1", "PCI_BUS_ID", 2000),
+        ("1,0", "PCI_BUS_ID", 2000),
+        ("1", None, 1000),
+        ("GPU-2", None, 2000),
+    ],
+)
+def test_free_memory_is_that_of_the_card_that_cuda_takes(
+    smi: Path, visible: str | None, order: str | None, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if order is not None:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    assert card_bytes(None, parse("cuda")) == int(0.9 * (free << 20))
+
+
+def test_a_size_is_asked_for_where_nobody_knows_what_is_free(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphics_memory, "provider_of", lambda name: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-3")
+    for name in ("cuda", "attention=cpu,experts=cuda"):
+        with pytest.raises(OptionError, match=r"nvidia-smi does not say.*--gpu-memory, for example 6GiB"):
+            card_bytes(None, parse(name))
+    smi.unlink()
+    monkeypatch.setenv("PATH", str(smi.parent))
+    with pytest.raises(OptionError, match="nvidia-smi does not say"):
+        card_bytes(None, parse("cuda"))
+    assert card_bytes(None, parse("attention=cuda,experts=cpu")) is None  # takes what it takes
+    monkeypatch.setattr(Selection, "on_card", lambda self, part: False)
+    assert card_bytes(None, parse("cuda")) is None
 
 
 def test_a_boards_gpu_shares_the_machines_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -74,7 +74,12 @@ _RUNTIME: dict[str, Row] = {
         "cool takes threads away while the board is hot, answers stay the same; full if not set.",
     ),
     "device": (str, "NAME", "Where to compute: cpu, onnx:PROVIDER, attention=NAME,experts=NAME; auto if not set."),
-    "gpu_memory": (str, "SIZE", "Use so much of a graphics card's own memory; nine tenths of what is free if not set."),
+    "gpu_memory": (
+        str,
+        "SIZE",
+        "Use so much of a graphics card's own memory; nine tenths of what is free if not set. The experts there are "
+        "those that a profile found to be used most, without one the first of each layer.",
+    ),
 }
 
 
