@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import random
@@ -196,6 +197,20 @@ def test_host_keys_are_not_taken_on_trust(deploy: Deploy, bundle: Path) -> None:
     known.write_text(f"{line.split()[0]} {' '.join(other)}\n")
     told = deploy(bundle, *USUAL)
     assert told.status == 2 and "shows another host key" in told.err and "ssh-keygen -R" in told.err
+
+
+def test_a_jump_host_s_key_is_not_taken_on_trust(deploy: Deploy, bundle: Path) -> None:
+    ssh, port = deploy.server.client / ".ssh", deploy.server.port
+    config, known = (ssh / "config").read_text(), (ssh / "known_hosts").read_text()
+    key = (deploy.server.folder / "key", getpass.getuser(), port)
+    jump = "Host jump\n  HostName localhost\n  IdentityFile {}\n  User {}\n  Port {}\n".format(*key)
+    (ssh / "config").write_text(f"{config}  ProxyJump jump\n{jump}")
+    told = deploy(bundle, *USUAL)
+    assert told.status == 2 and "jump, on the way there, has a host key that is not known" in told.err
+    assert "@localhost\n" in told.err
+    (ssh / "known_hosts").write_text(known + known.replace("127.0.0.1", "localhost"))
+    told = deploy(bundle)
+    assert told.status == 2 and "it is no Jetson" in told.err
 
 
 def test_nobody_there_is_said(deploy: Deploy, bundle: Path) -> None:

@@ -1,6 +1,7 @@
 """The connection to a board: commands, questions, files over SSH, and each failure as one line that says what to do.
 
-Host keys are checked against ~/.ssh/known_hosts and never learnt here; only keys open the door, no passwords.
+Host keys, those of jump hosts too, are checked against ~/.ssh/known_hosts and never learnt here; only keys open the
+door, no passwords.
 """
 
 from __future__ import annotations
@@ -77,39 +78,43 @@ class Link:
 
     def open(self) -> None:
         """Connect. DeployError: who refuses what."""
-        connection = self._connection
-        with contextlib.suppress(OSError):
-            connection.client.load_system_host_keys()
-        connection.client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        hops = list(_hops(self._connection))
+        for hop in hops:  # fabric gives each a client of its own, which takes any key
+            with contextlib.suppress(OSError):
+                hop.client.load_system_host_keys()
+            hop.client.set_missing_host_key_policy(paramiko.RejectPolicy())
+            hop.connect_timeout = int(_CONNECT_S)
         try:
-            connection.open()
+            self._connection.open()
         except Exception as problem:
-            raise DeployError(self._refusal(problem)) from problem
-        transport = connection.transport
-        transport.set_keepalive(10)
-        with contextlib.suppress(OSError, AttributeError):  # a gateway's channel is no socket
-            transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)
+            refusing = next((hop for hop in reversed(hops) if not hop.is_connected), self._connection)
+            raise DeployError(self._refusal(refusing, problem)) from problem
+        for hop in hops:
+            hop.transport.set_keepalive(10)
+            with contextlib.suppress(OSError, AttributeError):  # a gateway's channel is no socket
+                hop.transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)
 
-    def _refusal(self, problem: Exception) -> str:
-        """Why there is no connection, and the remedy."""
-        there = f"{self._connection.user or getpass.getuser()}@{self._connection.host}"
-        port = "" if self._connection.port in (None, 22) else f" -p {self._connection.port}"
+    def _refusal(self, hop: fabric.Connection, problem: Exception) -> str:
+        """Why there is no connection, and the remedy. hop: the board, or the host on the way that refuses."""
+        name = self.host if hop is self._connection else f"{self.host}: {hop.original_host}, on the way there,"
+        there = f"{hop.user or getpass.getuser()}@{hop.original_host if hop.gateway else hop.host}"
+        port = "" if hop.port in (None, 22) else f" -p {hop.port}"
         if isinstance(problem, paramiko.PasswordRequiredException):
             return f"{there}: the key is locked by a passphrase; run ssh-add first"
         if isinstance(problem, paramiko.AuthenticationException):
             return f"{there} refuses the key: nothing was sent; run ssh-copy-id{port} {there} and try again"
         if isinstance(problem, paramiko.BadHostKeyException):
             return (
-                f"{self.host} shows another host key than ~/.ssh/known_hosts has; if the board was installed anew, "
+                f"{name} shows another host key than ~/.ssh/known_hosts has; if the board was installed anew, "
                 f"run ssh-keygen -R for it and ssh{port} {there} once"
             )
         text = str(problem)
         if "not found in known_hosts" in text:
-            return f"{self.host} has a host key that is not known; compare and accept it with: ssh{port} {there}"
+            return f"{name} has a host key that is not known; compare and accept it with: ssh{port} {there}"
         if isinstance(problem, socket.gaierror):
-            return f"{self.host}: no such host ({problem.strerror}); check the name, or add it to ~/.ssh/config"
+            return f"{name}: no such host ({problem.strerror}); check the name, or add it to ~/.ssh/config"
         if isinstance(problem, (TimeoutError, socket.timeout)):
-            return f"{self.host} does not answer within {_CONNECT_S:.0f} s; is the board on, and on this network?"
+            return f"{name} does not answer within {_CONNECT_S:.0f} s; is the board on, and on this network?"
         if isinstance(problem, OSError) and not isinstance(problem, paramiko.SSHException):
             return f"{there}{port}: no connection ({text}); is sshd running there?"
         return f"{there}{port}: no connection ({text or type(problem).__name__})"
@@ -214,3 +219,11 @@ class Link:
 def _drain(channel: paramiko.Channel, into: list[bytes]) -> None:
     with contextlib.suppress(Exception):  # the other reader tells
         into.append(channel.makefile_stderr("rb").read(_MOST_OUTPUT))
+
+
+def _hops(connection: fabric.Connection) -> Iterator[fabric.Connection]:
+    """The board's connection, then those that it goes through, the nearest last."""
+    hop = connection
+    while isinstance(hop, fabric.Connection):
+        yield hop
+        hop = hop.gateway
