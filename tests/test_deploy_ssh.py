@@ -76,8 +76,8 @@ class Deploy:
             patch.setenv(name, server.env.get(name, ""))
         patch.delenv("SSH_AUTH_SOCK")
 
-    def __call__(self, *words: str | Path) -> Told:
-        self._patch.setattr(sys, "argv", ["deploy_jetson.py", "board", *map(str, words)])
+    def __call__(self, *words: str | Path, host: str = "board") -> Told:
+        self._patch.setattr(sys, "argv", ["deploy_jetson.py", host, *map(str, words)])
         self._capsys.readouterr()
         status = deploy_jetson.main()
         told = self._capsys.readouterr()
@@ -216,7 +216,29 @@ def test_a_jump_host_s_key_is_not_taken_on_trust(deploy: Deploy, bundle: Path) -
 def test_nobody_there_is_said(deploy: Deploy, bundle: Path) -> None:
     deploy.server.connect_by(board_server.free_port())
     told = deploy(bundle, *USUAL)
-    assert told.status == 2 and "is sshd running there?" in told.err and told.err.count("\n") == 1
+    assert told.status == 2 and told.err.count("\n") == 1
+    assert "no connection (Connection refused); is sshd running there?" in told.err
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("", "HOST '' names no host"),
+        ("user@:22", "HOST 'user@:22' names no host"),
+        ("127.0.0.1:abc", "'abc' is no port"),
+        ("127.0.0.1:", "'' is no port"),
+        ("127.0.0.1:99999", "'99999' is no port; write one of 1 to 65535"),
+        ("127.0.0.1:0", "'0' is no port"),
+        ("a..b", "a..b"),
+        ("far", "~/.ssh/config gives far port 99999"),
+        ("odd", "what ~/.ssh/config says of it cannot be used"),
+    ],
+)
+def test_a_host_that_cannot_be_is_said_in_a_line(deploy: Deploy, bundle: Path, host: str, said: str) -> None:
+    with (deploy.server.client / ".ssh/config").open("a") as config:
+        config.write("Host far\n  Port 99999\nHost odd\n  Port abc\n")
+    told = deploy(bundle, host=host)
+    assert told.status == 2 and said in told.err and told.err.count("\n") == 1
 
 
 def test_what_is_no_jetson_needs_a_word(deploy: Deploy, bundle: Path) -> None:

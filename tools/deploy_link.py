@@ -31,6 +31,7 @@ except ImportError as missing:
 _CONNECT_S, _SILENCE_S, _QUESTION_S = 10.0, 30, 1800.0
 _SOURCE = Path(deploy_agent.__file__).read_text()
 _MOST_OUTPUT = 4 << 20
+_MOST_PORT = 65535
 
 
 class LostConnectionError(DeployError):
@@ -62,7 +63,7 @@ class Link:
     def __init__(self, host: str) -> None:
         self.host = host
         self.python = "python3"
-        self._connection = fabric.Connection(host, connect_timeout=int(_CONNECT_S))
+        self._connection = _connection(host)
         self._sftp: paramiko.SFTPClient | None = None
         self._held: paramiko.Channel | None = None
 
@@ -108,7 +109,7 @@ class Link:
                 f"{name} shows another host key than ~/.ssh/known_hosts has; if the board was installed anew, "
                 f"run ssh-keygen -R for it and ssh{port} {there} once"
             )
-        text = str(problem)
+        text = _reason(problem)
         if "not found in known_hosts" in text:
             return f"{name} has a host key that is not known; compare and accept it with: ssh{port} {there}"
         if isinstance(problem, socket.gaierror):
@@ -117,7 +118,7 @@ class Link:
             return f"{name} does not answer within {_CONNECT_S:.0f} s; is the board on, and on this network?"
         if isinstance(problem, OSError) and not isinstance(problem, paramiko.SSHException):
             return f"{there}{port}: no connection ({text}); is sshd running there?"
-        return f"{there}{port}: no connection ({text or type(problem).__name__})"
+        return f"{there}{port}: no connection ({text})"
 
     # ---- commands ----------------------------------------------------------------------------------------------------
     def run(self, argv: Sequence[str], *, timeout: float = 60.0) -> Ran:
@@ -219,6 +220,38 @@ class Link:
 def _drain(channel: paramiko.Channel, into: list[bytes]) -> None:
     with contextlib.suppress(Exception):  # the other reader tells
         into.append(channel.makefile_stderr("rb").read(_MOST_OUTPUT))
+
+
+def _connection(host: str) -> fabric.Connection:
+    """Not open yet. DeployError: it names no host, or a port that is none, here or in ~/.ssh/config."""
+    address = host.rpartition("@")[2]
+    name, colon, port = address.partition(":") if address.count(":") == 1 else (address, "", "")  # more: IPv6
+    if not name.strip():
+        raise DeployError(f"HOST {host!r} names no host; write a name of ~/.ssh/config, or user@address:port")
+    if colon and not _is_port(port):
+        raise DeployError(f"HOST {host!r}: {port!r} is no port; write one of 1 to {_MOST_PORT}, or none")
+    try:
+        connection = fabric.Connection(host, connect_timeout=int(_CONNECT_S))
+    except Exception as problem:  # whatever fabric makes of a setting that it cannot read
+        raise DeployError(f"{host}: what ~/.ssh/config says of it cannot be used: {_reason(problem)}") from problem
+    for hop in _hops(connection):
+        if not _is_port(str(hop.port)):
+            raise DeployError(
+                f"{host}: ~/.ssh/config gives {hop.original_host} port {hop.port}; the most is {_MOST_PORT}"
+            )
+    return connection
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= _MOST_PORT
+
+
+def _reason(problem: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(problem, paramiko.ssh_exception.NoValidConnectionsError):  # of each address; its own has no words
+        problem = next(iter(problem.errors.values()))
+    text = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+    return " ".join(text.split()) or type(problem).__name__
 
 
 def _hops(connection: fabric.Connection) -> Iterator[fabric.Connection]:
