@@ -366,6 +366,31 @@ def test_what_runs_on_the_board_ends_with_the_connection(server: Server, monkeyp
         link.hold(str(server.home / "held"))
 
 
+def test_much_output_is_read_to_its_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(server.client))
+    much = (
+        "import sys; [(f.write('x' * 12_000_000 + 'last'), f.flush()) for f in (sys.stdout, sys.stderr)]; sys.exit(3)"
+    )
+    with Link("board") as link:
+        ran = link.run(["python3", "-c", much])
+        assert ran.status == 3 and len(ran.output) == len(ran.errors) == 4 << 20
+        assert ran.output.endswith("xlast") and ran.errors.endswith("xlast")
+        began = time.monotonic()
+        with pytest.raises(LostConnectionError, match="no longer answers"):  # it closes both and goes on
+            link.run(["sh", "-c", "echo $$; exec >&- 2>&-; exec sleep 30"], timeout=1.5)
+        assert time.monotonic() - began < 10 and link.run(["echo", "there"]).output == "there\n"
+
+
+def test_a_line_that_breaks_ends_a_command_that_writes_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(server.client))
+    line = Line(server.port)
+    server.connect_by(line.port)
+    with Link("board") as link, pytest.raises(LostConnectionError, match="the connection was lost"):
+        threading.Timer(0.5, line.cut).start()
+        link.run(["yes"], timeout=600)
+    line.close()
+
+
 # ---- copying ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def link(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:

@@ -13,7 +13,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +40,7 @@ class LostConnectionError(DeployError):
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that ended."""
+    """A command that ended. output, errors: of what it wrote the end, at most 4 MiB each."""
 
     status: int
     output: str
@@ -164,19 +164,27 @@ class Link:
 
     def _run(self, command: str, timeout: float) -> Ran:
         began = time.monotonic()
-        with self.mapped():
-            channel = self._connection.transport.open_session(timeout=_CONNECT_S)
+        output, errors = bytearray(), bytearray()
+        with self.mapped(), contextlib.closing(self._connection.transport.open_session(timeout=_CONNECT_S)) as channel:
             channel.settimeout(timeout)
             channel.exec_command(command)
-            errors: list[bytes] = []
-            reader = threading.Thread(target=_drain, args=(channel, errors), daemon=True)
+            reader = threading.Thread(target=_drain, args=(channel.recv_stderr, errors), daemon=True)
             reader.start()
-            output = channel.makefile("rb").read(_MOST_OUTPUT)
-            reader.join(timeout)
-            status = channel.recv_exit_status()
+
+            def receive(n_bytes: int) -> bytes:
+                channel.settimeout(max(began + timeout - time.monotonic(), 0.01))
+                return bytes(channel.recv(n_bytes))
+
+            _keep_last(receive, output)
+            reader.join(max(began + timeout - time.monotonic(), 0.01))
+            if not channel.status_event.wait(
+                max(began + timeout - time.monotonic(), 0.01)
+            ):  # a lost connection sets it
+                raise TimeoutError
+            status = channel.exit_status
         if status == -1 and not self.alive:  # else a signal ended it
             raise self._lost("the connection was lost")
-        text, wrong = (part.decode(errors="replace") for part in (output, b"".join(errors)))
+        text, wrong = (part[-_MOST_OUTPUT:].decode(errors="replace") for part in (output, errors))
         return Ran(status, text, wrong, time.monotonic() - began)
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -217,9 +225,17 @@ class Link:
         )
 
 
-def _drain(channel: paramiko.Channel, into: list[bytes]) -> None:
+def _drain(receive: Callable[[int], bytes], into: bytearray) -> None:
     with contextlib.suppress(Exception):  # the other reader tells
-        into.append(channel.makefile_stderr("rb").read(_MOST_OUTPUT))
+        _keep_last(receive, into)
+
+
+def _keep_last(receive: Callable[[int], bytes], into: bytearray) -> None:
+    """Read all, for what is not read stops who writes it, and keep the end."""
+    while piece := receive(1 << 16):
+        into += piece
+        if len(into) > 2 * _MOST_OUTPUT:
+            del into[:-_MOST_OUTPUT]
 
 
 def _connection(host: str) -> fabric.Connection:
