@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -274,16 +275,49 @@ def test_systemd_itself_finds_no_fault_with_the_unit(tmp_path: Path) -> None:
 
     if not shutil.which("systemd-analyze"):
         pytest.skip("there is no systemd-analyze")
-    program = tmp_path / "current/env/bin/edgert"
+    release = tmp_path / "a b 50%n $HOME/current"
+    program = release / "env/bin/edgert"
     program.parent.mkdir(parents=True)
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     for serves in (True, False):
-        unit = replace(UNIT, release=str(tmp_path / "current"), user="root", serves=serves)
+        unit = replace(UNIT, release=str(release), user="root", serves=serves)
         path = tmp_path / deploy_service.NAME
         path.write_text(unit.text("system"))
         said = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
         assert "edgert.service" not in said.stderr, said.stderr
+
+
+def words_of(line: str) -> list[str]:
+    """How systemd.syntax(7) splits a line, and what systemd.service(5) expands in it."""
+    words = []
+    for quoted, plain in re.findall(r'"((?:[^"\\]|\\.)*)"(?=\s|$)|([^\s"\'\\]+)(?=\s|$)', line):
+        word = re.sub(r"\\(x[0-9a-f]{2}|.)", lambda hit: chr(int(hit[1][1:], 16)) if hit[1][1:] else hit[1], quoted)
+        word = (word or plain).replace("%%", "\0")
+        assert "%" not in word
+        word = word.replace("\0", "%")
+        assert not words or not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", word)
+        words.append(word.replace("$$", "$") if words else word)
+    return words
+
+
+@given(st.text(st.sampled_from("ab/ \t\n'\"\\%$;x07"), max_size=12))
+def test_systemd_reads_the_folder_that_was_meant(folder: str) -> None:
+    release = f"/home/{folder}/current"
+    (line,) = (line for line in replace(UNIT, release=release).text("user").split("\n") if "ExecStart" in line)
+    assert words_of(line.removeprefix("ExecStart="))[:3] == [
+        f"{release}/env/bin/edgert",
+        "serve",
+        f"{release}/model.edge",
+    ]
+
+
+def test_a_folder_that_systemd_starts_nothing_from_is_refused() -> None:
+    for folder in ("/it's", '/a"b', "/a\tb", "/a\\b"):
+        with pytest.raises(DeployError, match="name another --folder, or use --service none"):
+            deploy_service.check_folder("user", folder)
+        deploy_service.check_folder("none", folder)
+    deploy_service.check_folder("user", "/a b/50%/$HOME/ü")
 
 
 def test_whose_service_it_is() -> None:

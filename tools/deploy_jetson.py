@@ -184,6 +184,7 @@ def prepare(
     offline = "as asked" if chosen.offline or chosen.wheels else ""
     house = WheelHouse(link, scratch / "house", given, target, chosen.ort_wheel, offline, _progress)
     scope = deploy_service.choose_scope(chosen.service, facts)
+    deploy_service.check_folder(scope, root)
     unit = deploy_service.Unit(
         f"{root}/current", bundle.name, facts.user, budget, chosen.context, chosen.cpus, house.edgert.serves
     )

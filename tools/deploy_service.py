@@ -5,6 +5,7 @@ Where the edgert that is installed can serve, the service serves; where it canno
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class Unit:
             "[Service]",
             *kind,
             *([f"User={self.user}"] if scope == "system" else []),
-            f"ExecStart={' '.join(map(_quoted, command))}",
+            f"ExecStart={_quoted(command[0], program=True)} {' '.join(map(_quoted, command[1:]))}",
             f"TimeoutStartSec={_STARTING_S}",
             f"MemoryMax={self.memory // MIB}M",
             "MemorySwapMax=0",
@@ -82,6 +83,15 @@ def choose_scope(asked: str, facts: Facts) -> str:
     if asked != "auto":
         return asked
     return "system" if facts.sudo else "user"
+
+
+def check_folder(scope: str, root: str) -> None:
+    """DeployError: systemd starts no program from such a folder, however it is written."""
+    if scope != "none" and (odd := re.search(r"[\x00-\x1f\x7f\"'\\]", root)):
+        raise DeployError(
+            f"--folder {root!r}: systemd starts no program whose path has {odd[0]!r} in it; name another --folder, or "
+            "use --service none"
+        )
 
 
 def unit_path(scope: str, facts: Facts) -> str:
@@ -154,10 +164,17 @@ def shown(command: list[str]) -> str:
     return shlex.join(command)
 
 
-def _quoted(word: str) -> str:
-    """A word of ExecStart: systemd expands % and $, and splits at blanks."""
-    word = word.replace("%", "%%").replace("$", "$$").replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{word}"' if " " in word or '"' in word else word
+def _quoted(word: str, *, program: bool = False) -> str:
+    """A word of ExecStart, as systemd.service(5) and systemd.syntax(7) have it read.
+
+    systemd expands % everywhere and $ in all but the program's path; it splits at blanks, and reads quotes and
+    backslashes as C does.
+    """
+    word = word.replace("%", "%%") if program else word.replace("%", "%%").replace("$", "$$")
+    if re.fullmatch(r"[^\s\x00-\x1f\x7f\"'\\;]+", word):
+        return word
+    word = word.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda odd: f"\\x{ord(odd[0]):02x}", word) + '"'
 
 
 def _plain(text: str) -> str:
