@@ -419,6 +419,16 @@ def test_a_copy_goes_on_where_it_was_and_checks_what_is_there(link: Link, tmp_pa
     assert copy_files(link, [file], str(target.parent)).kept == 0 and target.read_bytes() == content
 
 
+def test_questions_may_be_longer_than_a_word_of_a_command(link: Link, tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"wheel-{place:04}-{'x' * 200}.whl") for place in range(2000)]
+    assert sum(map(len, paths)) > 3 * (128 << 10)  # the kernel's limit for one word
+    assert {one["size"] for one in link.ask("digests", paths=paths, chunk=CHUNK)} == {0}
+    assert link.run_watched(["wc", "-c"], timeout=30).output.strip() == "0"  # none of it is the program's input
+    link.python = "python9"
+    with pytest.raises(DeployError, match=r"python9 failed at digests: .*not found"):
+        link.ask("digests", paths=paths, chunk=CHUNK)
+
+
 def test_a_file_that_changes_while_it_is_copied_gets_no_name(link: Link, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"before")
     file = local_file(tmp_path / "file", "file")

@@ -1,7 +1,7 @@
 """What deploy_jetson.py asks of a board, run there by the board's own Python: state, digests, publishing, switching.
 
 The source of this file is sent with every question, so nothing of it stays on the board and it needs the standard
-library alone. `python -c SOURCE QUESTION JSON` answers with one line of JSON.
+library alone. What standard input brings after the question is its end alone: that of the connection.
 
     ROOT/deployment.json     says that the folder is this tool's
     ROOT/incoming/           what is being copied; nothing in it is used
@@ -22,7 +22,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -252,7 +251,7 @@ ASKED = (state, free, begin, digest, digests, cut, seal, publish, write, read, l
 
 
 def main(question: str, values: dict[str, Any]) -> int:
-    """Answer one question."""
+    """Answer one question with one line of JSON. The exit status."""
     if question == "hold":
         hold(**values)
         return 0
@@ -266,7 +265,3 @@ def main(question: str, values: dict[str, Any]) -> int:
         return 0
     print(json.dumps({"answer": answer}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -30,6 +30,10 @@ except ImportError as missing:
 
 _CONNECT_S, _SILENCE_S, _QUESTION_S = 10.0, 30, 1800.0
 _SOURCE = Path(deploy_agent.__file__).read_text()
+_ASK = (  # for the board's Python: source and values are too long for a word of its command line
+    "import json, sys; source, question, values = json.loads(sys.stdin.readline()); "
+    "agent = {'__name__': 'agent'}; exec(source, agent); sys.exit(agent['main'](question, values))"
+)
 _MOST_OUTPUT = 4 << 20
 _MOST_PORT = 65535
 
@@ -128,11 +132,11 @@ class Link:
     def run_watched(self, argv: Sequence[str], *, timeout: float, env: Mapping[str, str] | None = None) -> Ran:
         """Run a program that ends with the connection, whatever happens to it."""
         values = {"argv": list(argv), "env": dict(env or {}), "timeout": timeout}
-        return self._run(self._question("watch", values), timeout + 60)
+        return self._run(self._asking, timeout + 60, _question("watch", values))
 
     def ask(self, question: str, **values: Any) -> Any:
         """What deploy_agent.py answers. DeployError: what the board's system says against it."""
-        ran = self._run(self._question(question, values), _QUESTION_S)
+        ran = self._run(self._asking, _QUESTION_S, _question(question, values))
         try:
             told = json.loads(ran.output.strip().splitlines()[-1])
         except (ValueError, IndexError):
@@ -149,7 +153,8 @@ class Link:
         with self.mapped():
             channel = self._connection.transport.open_session(timeout=_CONNECT_S)
             channel.settimeout(_QUESTION_S)
-            channel.exec_command(self._question("hold", {"root": root, "at_end": list(at_end)}))
+            channel.exec_command(self._asking)
+            _send(channel, _question("hold", {"root": root, "at_end": list(at_end)}))
             line = channel.makefile("r").readline()
         told = json.loads(line) if line else {}
         if "busy" in told:
@@ -159,10 +164,12 @@ class Link:
             raise DeployError(f"{self.host}: {root} cannot be used: {errors[-1] if errors else 'no answer'}")
         self._held = channel
 
-    def _question(self, question: str, values: Mapping[str, Any]) -> str:
-        return shlex.join([self.python, "-I", "-c", _SOURCE, question, json.dumps(values)])
+    @property
+    def _asking(self) -> str:
+        """The command that a question is sent to."""
+        return shlex.join([self.python, "-I", "-c", _ASK])
 
-    def _run(self, command: str, timeout: float) -> Ran:
+    def _run(self, command: str, timeout: float, said: bytes = b"") -> Ran:
         began = time.monotonic()
         output, errors = bytearray(), bytearray()
         with self.mapped(), contextlib.closing(self._connection.transport.open_session(timeout=_CONNECT_S)) as channel:
@@ -170,6 +177,7 @@ class Link:
             channel.exec_command(command)
             reader = threading.Thread(target=_drain, args=(channel.recv_stderr, errors), daemon=True)
             reader.start()
+            _send(channel, said)
 
             def receive(n_bytes: int) -> bytes:
                 channel.settimeout(max(began + timeout - time.monotonic(), 0.01))
@@ -223,6 +231,21 @@ class Link:
             f"{self.host}: {what}; what was begun there ends by itself, and what is in use there is as it was: "
             "run the same command again, it goes on where it was"
         )
+
+
+def _question(question: str, values: Mapping[str, Any]) -> bytes:
+    """The line for the board's Python: ASCII, whatever its locale."""
+    return json.dumps([_SOURCE, question, values]).encode() + b"\n"
+
+
+def _send(channel: paramiko.Channel, said: bytes) -> None:
+    """Give a command its input. TimeoutError: it does not take it."""
+    try:
+        channel.sendall(said)
+    except TimeoutError:
+        raise
+    except OSError:  # it ended before: what it said, or the connection's loss, is told by who reads
+        pass
 
 
 def _drain(receive: Callable[[int], bytes], into: bytearray) -> None:
