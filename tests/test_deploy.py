@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from deploy_board import (
     judge,
     judge_memory,
     judge_room,
+    plain,
     probe_command,
     read_facts,
     read_power,
@@ -291,9 +293,9 @@ def test_systemd_itself_finds_no_fault_with_the_unit(tmp_path: Path) -> None:
 def words_of(line: str) -> list[str]:
     """How systemd.syntax(7) splits a line, and what systemd.service(5) expands in it."""
     words = []
-    for quoted, plain in re.findall(r'"((?:[^"\\]|\\.)*)"(?=\s|$)|([^\s"\'\\]+)(?=\s|$)', line):
+    for quoted, bare in re.findall(r'"((?:[^"\\]|\\.)*)"(?=\s|$)|([^\s"\'\\]+)(?=\s|$)', line):
         word = re.sub(r"\\(x[0-9a-f]{2}|.)", lambda hit: chr(int(hit[1][1:], 16)) if hit[1][1:] else hit[1], quoted)
-        word = (word or plain).replace("%%", "\0")
+        word = (word or bare).replace("%%", "\0")
         assert "%" not in word
         word = word.replace("\0", "%")
         assert not words or not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", word)
@@ -459,3 +461,12 @@ def test_a_board_cannot_write_to_the_terminal() -> None:
     evil = read_facts(ORIN.replace("NVIDIA Jetson", "\x1b[2J\x1b]0;x\x07 Jetson"))
     text = "\n".join(deploy_report.findings(judge(evil)))
     assert "\x1b" not in text and "\x07" not in text and "Jetson" in text
+    odd = read_facts(ORIN.replace("NVIDIA Jetson", "A\x1b[2J\n\x9b2J\u202eB").replace("22.04.5", "\x1b]0;x\x07"))
+    assert odd.model.startswith("A[2J 2JB Orin Nano") and odd.os == "Ubuntu ]0;x LTS"
+
+
+@given(st.recursive(st.text(), lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(), one, max_size=3)))
+def test_what_a_board_answers_is_text(said: object) -> None:
+    told = json.dumps(plain(said), ensure_ascii=False)
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202e\ud800-\udfff]", told)
+    assert plain(plain(said)) == plain(said) and plain("Zürich 東京\n\ta 👍") == "Zürich 東京\n\ta 👍"

@@ -424,6 +424,9 @@ def test_questions_may_be_longer_than_a_word_of_a_command(link: Link, tmp_path: 
     assert sum(map(len, paths)) > 3 * (128 << 10)  # the kernel's limit for one word
     assert {one["size"] for one in link.ask("digests", paths=paths, chunk=CHUNK)} == {0}
     assert link.run_watched(["wc", "-c"], timeout=30).output.strip() == "0"  # none of it is the program's input
+    (tmp_path / "said").write_text("a\x1b[2J\x9b\n")
+    assert link.ask("read", path=str(tmp_path / "said")) == "a[2J\n"
+    assert link.run(["sh", "-c", r"printf '\033[2Jno\n' >&2; exit 1"]).last_words == "[2Jno"
     link.python = "python9"
     with pytest.raises(DeployError, match=r"python9 failed at digests: .*not found"):
         link.ask("digests", paths=paths, chunk=CHUNK)

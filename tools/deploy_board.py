@@ -10,6 +10,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 MIB, GIB = 1 << 20, 1 << 30
 PYTHON, GLIBC = (3, 10), (2, 28)  # the least that edgert and its wheels need
@@ -44,6 +45,7 @@ say session; [ -S "/run/user/$(id -u)/systemd/private" ] && echo yes
 say end
 """
 
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _JETPACKS = (  # https://developer.nvidia.com/embedded/jetpack-archive
     ("38.4", "7.1"),
     ("38.2", "7.0"),
@@ -152,9 +154,18 @@ def probe_command(root: str) -> list[str]:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
+def plain(said: Any) -> Any:
+    """What a board said, text or JSON, without what a terminal obeys: control and direction characters, surrogates."""
+    if isinstance(said, str):
+        return _OBEYED.sub("", said)
+    if isinstance(said, list):
+        return [plain(one) for one in said]
+    return {plain(key): plain(one) for key, one in said.items()} if isinstance(said, dict) else said
+
+
 def read_facts(text: str) -> Facts:
     """The facts in a probe's output. DeployError: it is none."""
-    parts = dict(re.findall(r"^@@ (\w+)\n(.*?)(?=^@@ |\Z)", text.replace("\0", ""), re.MULTILINE | re.DOTALL))
+    parts = dict(re.findall(r"^@@ (\w+)\n(.*?)(?=^@@ |\Z)", plain(text), re.MULTILINE | re.DOTALL))
     if "end" not in parts:
         raise DeployError("the board did not answer as a Unix shell does: is it Linux, and is its login shell one?")
     said = defaultdict(str, {name: value.strip() for name, value in parts.items()})
@@ -167,8 +178,8 @@ def read_facts(text: str) -> Facts:
         bits=_number(said["bits"]),
         l4t=read_l4t(said["release"]),
         release=said["release"].splitlines()[0] if said["release"] else "",
-        model=said["model"],
-        os=said["os"],
+        model=" ".join(said["model"].split()),
+        os=" ".join(said["os"].split()),
         glibc=_version(said["glibc"]),
         pythons=tuple(_pythons(said["pythons"])),
         ram=memory.get("MemTotal", 0),

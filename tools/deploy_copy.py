@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploy_board import DeployError, size
+from deploy_board import DeployError, plain, size
 from deploy_bundle import CHUNK, LocalFile, chunk_digest
 from deploy_link import Link
 
@@ -84,7 +84,7 @@ def _broken(link: Link, file: LocalFile, part: str, problem: OSError) -> DeployE
     left = file.size - int(link.ask("digest", path=part, chunk=CHUNK)["size"])
     free = int(link.ask("free", path=part))
     if free >= left:
-        return DeployError(f"{link.host}: {part} cannot be written: {problem}")
+        return DeployError(f"{link.host}: {part} cannot be written: {plain(str(problem))}")
     link.ask("remove", paths=[part])
     return DeployError(
         f"{link.host}: the drive is full: {size(free)} were left, {file.name} needed {size(left)} more; its half copy "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import deploy_service
-from deploy_board import DeployError, Facts, Python
+from deploy_board import DeployError, Facts, Python, plain
 from deploy_bundle import LocalBundle, LocalFile, Progress, local_file
 from deploy_copy import Copied, copy_files
 from deploy_forecast import GENERATE, PROMPT
@@ -172,7 +172,7 @@ class Installer:
         lines = ran.output.strip()
         with contextlib.suppress(ValueError):
             if failing or ran.status == 0:
-                return {**json.loads(lines[lines.index("{") :]), "took_s": round(ran.seconds, 1)}
+                return {**plain(json.loads(lines[lines.index("{") :])), "took_s": round(ran.seconds, 1)}
         raise self._failed(f"edgert {words[0]}", ran)
 
     # ---- what is in use ----------------------------------------------------------------------------------------------

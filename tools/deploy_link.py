@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import deploy_agent
-from deploy_board import DeployError
+from deploy_board import DeployError, plain
 
 try:
     import fabric
@@ -138,7 +138,7 @@ class Link:
         """What deploy_agent.py answers. DeployError: what the board's system says against it."""
         ran = self._run(self._asking, _QUESTION_S, _question(question, values))
         try:
-            told = json.loads(ran.output.strip().splitlines()[-1])
+            told = plain(json.loads(ran.output.strip().splitlines()[-1]))
         except (ValueError, IndexError):
             raise DeployError(f"{self.host}: {self.python} failed at {question}: {ran.last_words}") from None
         if "problem" in told:
@@ -156,11 +156,11 @@ class Link:
             channel.exec_command(self._asking)
             _send(channel, _question("hold", {"root": root, "at_end": list(at_end)}))
             line = channel.makefile("r").readline()
-        told = json.loads(line) if line else {}
+        told = plain(json.loads(line)) if line else {}
         if "busy" in told:
             raise DeployError(f"{self.host}: another deployment is at work ({told['busy']}); wait for it to end")
         if not told:
-            errors = channel.makefile_stderr("r").read().strip().splitlines()
+            errors = plain(channel.makefile_stderr("rb").read().decode(errors="replace")).strip().splitlines()
             raise DeployError(f"{self.host}: {root} cannot be used: {errors[-1] if errors else 'no answer'}")
         self._held = channel
 
@@ -192,7 +192,7 @@ class Link:
             status = channel.exit_status
         if status == -1 and not self.alive:  # else a signal ended it
             raise self._lost("the connection was lost")
-        text, wrong = (part[-_MOST_OUTPUT:].decode(errors="replace") for part in (output, errors))
+        text, wrong = (plain(part[-_MOST_OUTPUT:].decode(errors="replace")) for part in (output, errors))
         return Ran(status, text, wrong, time.monotonic() - began)
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def _reason(problem: BaseException) -> str:
     if isinstance(problem, paramiko.ssh_exception.NoValidConnectionsError):  # of each address; its own has no words
         problem = next(iter(problem.errors.values()))
     text = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
-    return " ".join(text.split()) or type(problem).__name__
+    return " ".join(plain(text).split()) or type(problem).__name__
 
 
 def _hops(connection: fabric.Connection) -> Iterator[fabric.Connection]:
