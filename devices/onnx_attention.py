@@ -14,7 +14,7 @@ import numpy as np
 
 from edgert.devices.base import LayerWeights, Linear, Norm, rope_angles
 from edgert.devices.onnx_builder import Size
-from edgert.devices.onnx_graphs import attention_graph, head_graph
+from edgert.devices.onnx_graphs import attention_graph, copy_graph, head_graph
 from edgert.devices.onnx_quantised import Ranges, Rounding
 from edgert.devices.onnx_runtime import Buffer, Call, Model, Settings, View, session
 from edgert.devices.onnx_weights import floats
@@ -84,6 +84,8 @@ class OnnxAttention:
         self._normed = Buffer(rows, np.float32, memory)
         self._embeddings = Buffer(rows, np.float32)
         self._total = Buffer(rows, np.float32)  # of experts that run elsewhere
+        self._last = Buffer((1, c.d_model), np.float32)  # row of the stream, on the host
+        self._copy: Call | None = None  # makes it
         top_k = c.router.top_k if c.router else 0
         self._ids, self._route_weights = Buffer((chunk, top_k), np.int64), Buffer((chunk, top_k), np.float32)
         self._logits = Buffer((1 if settings.static else min(chunk, HEAD_ROWS), c.n_vocab), np.float32)
@@ -193,8 +195,16 @@ class OnnxAttention:
         routers = [router for router in self._routers[layer + 1 : layer + 1 + self._n_ahead] if router is not None]
         if not routers:
             return []
-        x = self._stream.rows(self._n_tokens - 1, 1).read()
+        last = self._stream.rows(self._n_tokens - 1, 1)
+        x = last.read() if last.buffer.memory == "cpu" else self._copied(last)
         return [matrix @ reference.rms_norm(x, norm, self.config.eps)[0] for norm, matrix in routers]
+
+    def _copied(self, row: View) -> Floats:
+        """A row (1, d_model) on the host, by a graph that copies just this: else buffers are handed out as a whole."""
+        if self._copy is None:
+            self._copy = Call(session(copy_graph(self.config.d_model), self._settings))
+        self._copy({"x": row}, {"y": self._last.whole()})
+        return self._last.whole().read()
 
     def take(self, total: Any) -> None:
         """Take the weighted sum of the layer's experts; the next graph adds it."""
@@ -226,4 +236,4 @@ class OnnxAttention:
         self._calls.clear()
         self._weights.clear()
         self._routers.clear()
-        self._head = None
+        self._head = self._copy = None

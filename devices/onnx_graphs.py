@@ -209,3 +209,10 @@ def head_graph(
     x = g.norm(residual(g, c, last, n), norm.weight, c.eps)
     g.output(g.op("Identity", _scaled_product(g, x, output, c.logit_scale), name="logits"), np.float32, n, c.n_vocab)
     return g.model()
+
+
+def copy_graph(d_model: int) -> Model:
+    """y = x, a row (1, d_model)."""
+    g = Graph(exact=True)
+    g.output(g.op("Identity", g.input("x", np.float32, 1, d_model), name="y"), np.float32, 1, d_model)
+    return g.model()

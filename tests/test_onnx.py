@@ -200,6 +200,17 @@ def test_routers_look_ahead(name: str) -> None:
     assert len(scores[0]) and np.allclose(*scores, atol=1e-3)
 
 
+def test_a_row_of_a_memory_apart_is_copied_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = CASES["window"][0]
+    part = parse("attention=onnx:cpu,experts=cpu").make(c, N_CONTEXT)._attention  # type: ignore[attr-defined]
+    rows = np.random.default_rng(5).random((6, c.d_model), np.float32)
+    part.begin(rows)
+    monkeypatch.setattr(part._stream.buffer, "host", None)  # nobody asks for all of it
+    for row in (4, 1):
+        assert (part._copied(part._stream.rows(row, 1)) == rows[row]).all()
+    part.close()
+
+
 # ---- experts on flash ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["onnx:cpu", *SPLITS])
 def test_streamed_equals_resident(name: str, tmp_path: Path) -> None:
