@@ -347,6 +347,11 @@ def _warning(plan: MemoryPlan, most_work: int, budget: Budget) -> str:
             f"the expert buffer of {mib(plan.slots)} MiB is below one working set, the {mib(plan.working_set)} MiB of "
             f"experts that a token needs: most are read from flash for every token; --memory {enough} holds one"
         )
+    if plan.forms:
+        found.append(
+            "ONNX Runtime makes a session for each expert that comes from flash, some 20 ms each time, more on a busy "
+            "machine; --device attention=NAME,experts=cpu has no need of them"
+        )
     return "; ".join(found)
 
 

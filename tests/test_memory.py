@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -319,3 +320,11 @@ def test_lazy_modules_of_others_are_not_woken(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "lazy", Lazy("lazy"))
     monkeypatch.setitem(sys.modules, "none", None)
     assert file_pages.__file__ in file_pages._modules()
+
+
+def test_who_streams_experts_through_sessions_is_told_what_that_takes() -> None:
+    needs = Needs(10 << 20, 0, {32: 1 << 20}, 0, 64, "f16", cold=900 << 20, record=1 << 20, top_k=2, streams=True)
+    budget = Budget(600 << 20, 600 << 20, 4 << 30)
+    assert "session" not in plan_memory(needs, budget).warning
+    assert re.search(r"session for each.*experts=cpu", plan_memory(replace(needs, beside=2.0), budget).warning)
+    assert not plan_memory(replace(needs, cold=1 << 20, beside=2.0), budget).warning  # all in RAM
