@@ -35,6 +35,7 @@ from deploy_board import (
     read_power,
     usual_budget,
 )
+from deploy_bundle import find_bundle
 from deploy_forecast import Forecast, compared, forecast
 from deploy_steps import Action, State, Wanted, actions, room_needed, superfluous
 from deploy_wheels import Target, check_wheel, lacking, python_of, read_wheel
@@ -213,6 +214,20 @@ def test_a_drive_without_room_is_refused() -> None:
     assert not judge_room(GIB, GIB, "bundle 1.0 GiB").problem
     full = judge_room(GIB, 3 * GIB, "bundle 3.0 GiB")
     assert full.refused and "1.0 GiB free, but 3.0 GiB are needed (bundle 3.0 GiB); free 2.0 GiB" in full.line
+
+
+# ---- the bundle ------------------------------------------------------------------------------------------------------
+def test_what_is_no_bundle_is_packed_only_if_it_may_be_a_model(tmp_path: Path) -> None:
+    file, folder, notes = tmp_path / "my model.gguf", tmp_path / "its folder", tmp_path / "bad name.edge"
+    for path in (folder, notes):
+        path.mkdir()
+    file.touch()
+    (folder / "config.json").touch()
+    for path, source in ((file, f"'{file}'"), (folder, f"'{folder}'"), (notes, "MODEL.gguf")):
+        with pytest.raises(DeployError, match=re.escape(f"{path} is no bundle; make one with: edgert pack {source}, ")):
+            find_bundle(path)
+    with pytest.raises(DeployError, match=re.escape(f"edgert pack MODEL.gguf '{tmp_path}/no such.edge'")):
+        find_bundle(tmp_path / "no such.edge")
 
 
 # ---- what is to be done ----------------------------------------------------------------------------------------------

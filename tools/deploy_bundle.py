@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,9 +57,11 @@ class LocalBundle:
 def find_bundle(path: Path) -> None:
     """DeployError: there is no bundle."""
     if not path.exists():
-        raise DeployError(f"{path}: no such bundle; make one with: edgert pack MODEL.gguf {path}")
+        raise DeployError(f"{path}: no such bundle; make one with: edgert pack MODEL.gguf {shlex.quote(str(path))}")
     if not (path / "manifest.json").is_file():
-        raise DeployError(f"{path} is no bundle; make one with: edgert pack {path}, and deploy what it names")
+        model = (path.is_file() and path.suffix == ".gguf") or (path / "config.json").is_file()  # Hugging Face's folder
+        source = shlex.quote(str(path)) if model else "MODEL.gguf"
+        raise DeployError(f"{path} is no bundle; make one with: edgert pack {source}, and deploy what it names")
 
 
 def read_bundle(path: Path, context: int | None, cores: int, progress: Progress) -> LocalBundle:
