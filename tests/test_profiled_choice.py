@@ -173,7 +173,11 @@ def test_a_bundle_with_a_choice_answers_as_ever(wait: bool, packed: Path) -> Non
                 assert residency.buffer.reader.bytes_read > 0 and residency.counts.bytes_read == 0
             answer = model.generate(PROMPT, max_tokens=40, logprobs=3)
             assert answer.token_ids == expected.token_ids and answer.logprobs == expected.logprobs
-            assert answer.usage.bytes_read == residency.buffer.reader.bytes_read  # what was read ahead of it, too
+            reader, under_way = residency.buffer.reader, [len(read.buffer) for read in residency.buffer.reads.values()]
+            wait_until(lambda: reader.idle)  # noqa: B023
+            # what was read ahead of the answer is charged to it, what is under way at its end is not
+            assert reader.bytes_read - sum(under_way) <= answer.usage.bytes_read <= reader.bytes_read
+            assert mode != "off" or answer.usage.bytes_read == reader.bytes_read
             assert residency.check() == []
 
 
