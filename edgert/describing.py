@@ -21,7 +21,7 @@ from edgert.quant.formats import Format
 from edgert.storage.bundle import Bundle
 from edgert.storage.bundle_manifest import Manifest
 from edgert.storage.tensor_file import TensorFile
-from edgert.tensor_views import is_unused
+from edgert.tensor_views import is_unused, skipped
 from edgert.types import ModelConfig
 from edgert.weight_sources import PROJECTIONS
 from edgert.weights import Weights
@@ -60,6 +60,7 @@ def describe(
             "bytes": {"total": file.n_bytes, "hot": total - cold, "cold": cold},
             "tensor_types": dict(types.most_common()),
             "layers": config.n_layers,
+            **({"skipped": skipped(config)} if config.n_unused_layers else {}),
             "embedding_length": config.d_model,
             "context_length": config.n_context,
             "experts": _experts(config, cold),

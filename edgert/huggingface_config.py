@@ -53,13 +53,18 @@ def read_folder_config(config: JsonObject) -> FolderConfig:
         keys |= _expert_keys(config, family)
     if (own := _OWN_KEYS.get(family.architecture)) is not None:
         keys |= own(config)
+    n_layers, n_unused = keys["block_count"], 0
+    if family.architecture == "deepseek2":
+        n_unused = config.integer("num_nextn_predict_layers", 0, most=_MAX_LAYERS)
+    if n_unused:  # which GGUF counts among the layers
+        keys |= {"block_count": n_layers + n_unused, "nextn_predict_layers": n_unused}
     rope, divisors = _rope(config, family, keys["rope.dimension_count"])
     prefixed = {f"{family.architecture}.{key}": value for key, value in (keys | rope).items()}
     return FolderConfig(
         family=family,
-        n_layers=keys["block_count"],
+        n_layers=n_layers,
         n_expert=keys.get("expert_count", 0),
-        n_unused_layers=config.integer("num_nextn_predict_layers", 0) if family.architecture == "deepseek2" else 0,
+        n_unused_layers=n_unused,
         d_head=keys["attention.key_length"],
         n_vocab=keys["vocab_size"],
         tied=config.boolean("tie_word_embeddings", False),

@@ -25,6 +25,7 @@ from edgert.memory import MemoryPlan, parse_size
 from edgert.reasoning import Splitter
 from edgert.sampling import Sampler, Sampling
 from edgert.streaming import prefetch_state
+from edgert.tensor_views import skipped
 from edgert.tokenizer import Tokenizer
 from edgert.turn import Turn
 from edgert.types import Floats, ModelConfig
@@ -118,6 +119,7 @@ class Model:
         self.template: ChatTemplate = parts.template
         self.defaults: Sampling = parts.defaults
         self.memory: MemoryPlan = parts.memory  # what goes where, and a warning if it is tight
+        self.skipped: str = skipped(self.config)  # what of the file is not run, in a line; mostly empty
         self.n_context: int = parts.session.cache.n_context
         self._parts: Parts | None = parts  # None once closed
         self._turn = Turn()

@@ -36,6 +36,7 @@ from edgert.storage.bundle_writer import SlabWriter
 from edgert.storage.gguf_file import GgufFile
 from edgert.storage.read_ahead import read_ahead
 from edgert.storage.tensor_file import TensorFile
+from edgert.tensor_views import skipped
 from edgert.weight_sources import WeightSource
 from edgert.weights import Progress, Weights
 
@@ -55,6 +56,7 @@ class Packed:
     resumed: int
     seconds: float
     inexact: dict[str, str]  # by tensor type: what its weights lost
+    skipped: str  # what of the source is not run, and not in the bundle, in a line; mostly empty
 
 
 def open_source(path: Path, *, keep_pages: bool = True) -> TensorFile:
@@ -110,7 +112,8 @@ def pack_model(source: Path, out: Path | None = None, *, progress: Progress, pro
             return written
 
         written, resumed = pack_locked(file, source, out, asked, progress, run)
-        return Packed(out, bundles.size(out), written, resumed, time.perf_counter() - started, packing.inexact)
+        seconds = time.perf_counter() - started
+        return Packed(out, bundles.size(out), written, resumed, seconds, packing.inexact, packing.skipped)
 
 
 def check_profile(profile: Profile, file: TensorFile, source: Path) -> None:
@@ -222,6 +225,7 @@ class Packing:
         self._layout = Layout(file, Weights(file, config, source=source))
         self.manifest = m = self._layout.manifest
         self._total, self.inexact = m.hot_bytes + m.expert_bytes, m.inexact
+        self.skipped = skipped(config)
         self._progress = progress
 
     def fill(self, place: Place) -> tuple[int, int]:

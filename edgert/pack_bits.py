@@ -57,6 +57,7 @@ from edgert.quantising import (
 from edgert.requantised import Bytes, RequantisedSource
 from edgert.storage import bundle as bundles
 from edgert.storage.tensor_file import TensorFile
+from edgert.tensor_views import skipped
 from edgert.tier import tier_for
 from edgert.types import Floats, ModelConfig
 from edgert.weights import Progress, Weights
@@ -94,7 +95,8 @@ def pack_bits(request: Request, progress: Progress) -> PackedBits:
         check_profile(request.profile, file, request.source)
         run = _Run(request, file, progress)
         written, resumed = pack_locked(file, request.source, out, request.asked(), progress, run.fill)
-        packed = Packed(out, bundles.size(out), written, resumed, time.perf_counter() - started, run.inexact)
+        seconds = time.perf_counter() - started
+        packed = Packed(out, bundles.size(out), written, resumed, seconds, run.inexact, run.skipped)
     manifest = bundles.read_manifest(out)
     return PackedBits(packed, manifest.bits, Proof.from_document(manifest.proof, f"{out}: its proof"))
 
@@ -114,6 +116,7 @@ class _Run:
         self._tried: list[str] = []
         self.inexact: dict[str, str] = {}
         self._config = read_config(file.metadata, str(file.path))
+        self.skipped = skipped(self._config)
         self._check_size()
         self._tier = self._tier_for_speed()
 

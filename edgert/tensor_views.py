@@ -83,6 +83,16 @@ def is_unused(c: ModelConfig, name: str) -> bool:
     return first == "blk" and number.isdecimal() and c.n_layers <= int(number) < c.n_layers + c.n_unused_layers
 
 
+def skipped(c: ModelConfig) -> str:
+    """One line on the layers of a file that are not run, for the person; mostly empty."""
+    if not c.n_unused_layers:
+        return ""
+    last = c.n_layers + c.n_unused_layers - 1
+    several = f"layers {c.n_layers} to {last} predict" if c.n_unused_layers > 1 else f"layer {last} predicts"
+    pronoun, verb = ("they", "are") if c.n_unused_layers > 1 else ("it", "is")
+    return f"{several} tokens beyond the next (MTP): {pronoun} {verb} not run, and answers are the same without"
+
+
 def _add(
     found: dict[str, View], prefix: str, wanted: Shapes, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
 ) -> None:

@@ -31,6 +31,7 @@ from edgert.quant import ggml
 from edgert.quant.formats import Format, MatrixSource
 from edgert.storage.bundle import Bundle
 from edgert.storage.tensor_file import TensorFile
+from edgert.tensor_problems import Problems
 from edgert.tensor_table import (
     DIVISORS,
     EMBEDDING,
@@ -114,32 +115,19 @@ class Weights:
         return shapes | self._there(optional | optional_layer_tensors(self.config, layer), f"blk.{layer}.")
 
     def _check(self) -> None:
+        problems = Problems(self._path, self.config, self.file.metadata, self.shapes, self.file.tensors)
+        problems.check_unused()
         for name, shape in self._wanted.items():
             found = self.shapes.get(name)
-            if found is None and name.replace("_exps", ".0") in self.shapes:
-                raise UnsupportedError(
-                    f"{self._path}: it holds one tensor per expert ({name.replace('_exps', '.0')}), "
-                    "as old conversions do; take a newer conversion"
-                )
             if found is None:
-                raise ModelFileError(
-                    f"{self._path}: the tensor {name} is missing; the file is incomplete, download or convert it again"
-                )
-            if found == (1, *shape):
-                continue  # a vector that a bundle has as a matrix
-            if found != shape:
-                raise ModelFileError(
-                    f"{self._path}: the tensor {name} has shape {found}, but the metadata ask for {shape}; "
-                    "the file is damaged or made wrongly"
-                )
-        for name, shape in self.shapes.items():
+                raise problems.missing(name)
+            if found not in (shape, (1, *shape)):  # the latter: a vector that a bundle has as a matrix
+                raise problems.misshapen(name, found, shape)
+        for name in self.shapes:
             if isinstance(self._source, FileSource):
                 self._check_type(name, self._source)
             if name not in self._wanted:
-                raise UnsupportedError(
-                    f"{self._path}: the tensor {name} {shape} is not one that edgert uses for "
-                    f"{self.config.architecture!r}; it may change the answers"
-                )
+                raise problems.left_over(name)
 
     def _check_type(self, name: str, source: FileSource) -> None:
         kind = source.stored_type(name)

@@ -80,6 +80,7 @@ class Model:
         self.thinks = thinks
         self.defaults = Sampling(temperature=0.7, repetition_penalty=1.1)
         self.memory = types.SimpleNamespace(warning="")
+        self.skipped = ""
         self.tokenizer = Characters()
         self.calls, self.loaded, self.closed, self.cached = [], {}, 0, ""
 

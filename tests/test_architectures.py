@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from changed_models import rewritten
 from models import engine_of, golden, golden_path, run
 
 from edgert.architectures import read_config, supported
@@ -157,7 +158,7 @@ def test_expert_widths_that_older_files_leave_out() -> None:
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])
 def test_granite_without_rotation(tmp_path: Path, kv_type: str) -> None:
     """`rope.scaling.finetuned` false turns the rotation off there: exactly as the reference device computes it."""
-    path = rewritten(golden_path("granitemoe-f32"), tmp_path / "still.gguf")
+    path = rewritten("granitemoe-f32", tmp_path / "still.gguf", rope__scaling__finetuned=False)
     tokens = golden("granitemoe-f32")[1]["tokens"].tolist()
     options = {"kv_type": kv_type, "activations": "f32"}
     engine, session = engine_of(path, device=CpuDevice, **options)
@@ -165,25 +166,6 @@ def test_granite_without_rotation(tmp_path: Path, kv_type: str) -> None:
     logits = run(engine, session, tokens)
     assert (logits == run(*engine_of(path, device=ReferenceDevice, **options), tokens)).all()
     assert np.abs(logits - run(*engine_of(golden_path("granitemoe-f32"), **options), tokens)).max() > 0.01
-
-
-def rewritten(source: Path, target: Path) -> Path:
-    """A copy of a granitemoe file that says that nothing is rotated."""
-    import gguf
-
-    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "granitemoe")
-    for name, entry in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            kinds = entry.types
-            writer.add_key_value(name, entry.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
-    writer.add_bool("granitemoe.rope.scaling.finetuned", False)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
 
 
 def test_tensors_must_be_there_fit_and_be_known(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from edgert.pack import pack
 from edgert.quant import ggml
 from edgert.storage.bundle import Bundle
 from edgert.storage.gguf_file import GgufFile
+from edgert.tensor_views import skipped
 
 OSS = ("gpt-oss-f32", "gpt-oss-mxfp4")
 DEEPSEEK = ("deepseek2-lite-f32", "deepseek2-lite-mla-f32", "deepseek2-v3-f32")
@@ -80,6 +81,11 @@ def test_metadata_are_those_of_the_gguf(name: str, tmp_path: Path) -> None:
         heads, sizes = "deepseek2.attention.head_count", {"key": "key_length", "value": "value_length"}
         metadata |= {f"{heads}_kv": metadata[heads]}
         metadata |= {f"deepseek2.attention.{n}": metadata.pop(f"deepseek2.attention.{n}_mla") for n in sizes.values()}
+    n_further = found.pop("deepseek2.nextn_predict_layers", 0)  # layers that the folder has and the GGUF has not
+    assert n_further == (name == "deepseek2-v3-f32")
+    if n_further:
+        metadata["deepseek2.block_count"] += n_further
+        assert skipped(read_config(found | {"deepseek2.nextn_predict_layers": 1}, "m")).startswith("layer 3 predicts")
     for key in set(metadata) - {"general.name", "general.file_type", "tokenizer.ggml.padding_token_id"}:
         assert np.array_equal(found.pop(key), metadata[key]), key
     assert found.keys() == {"general.name", "tokenizer.ggml.add_eos_token"}

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from changed_models import Tensors, rewritten
 from models import engine_of, golden, golden_path, run
 
 from edgert.architectures import read_config
@@ -20,8 +21,6 @@ from edgert.plan_model import open_plan_model
 from edgert.preset_keys import KEY_PRESETS
 from edgert.storage.gguf_file import GgufFile
 from edgert.weights import Weights
-
-Tensors = dict[str, Any]
 
 
 def metadata(name: str) -> dict[str, Any]:
@@ -44,28 +43,6 @@ def test_tables_of_tensors_add_up_to_what_the_makers_say(name: str) -> None:
 
 
 # ---- other forms of the same model -----------------------------------------------------------------------------------
-def rewritten(name: str, target: Path, change: Callable[[Tensors], None], **keys: Any) -> Path:
-    """A fixture with other tensors, all F32."""
-    import gguf
-
-    reader = gguf.GGUFReader(golden_path(name))
-    architecture = str(reader.fields["general.architecture"].contents())
-    writer = gguf.GGUFWriter(target, architecture)
-    for key, entry in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            value = keys.get(key.removeprefix(f"{architecture}.").replace(".", "_"), entry.contents())
-            writer.add_key_value(key, value, entry.types[0], entry.types[-1] if len(entry.types) > 1 else None)
-    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    change(tensors)
-    for tensor, data in tensors.items():
-        writer.add_tensor(tensor, np.ascontiguousarray(data, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 def test_an_input_matrix_of_delta_nets_in_the_older_order(tmp_path: Path) -> None:
     """ssm_in, grouped by key head, instead of attn_qkv and attn_gate."""
 

@@ -19,6 +19,7 @@ from edgert.errors import ModelFileError, UnsupportedError
 from edgert.types import ModelConfig
 
 _NOT_ARCHITECTURES = {"keys"}
+_TOWERS = {"clip", "mmproj"}  # what files with a tower for pictures or sound say
 
 
 def supported() -> list[str]:
@@ -58,6 +59,11 @@ def read_config(metadata: Mapping[str, Any], file: str) -> ModelConfig:
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise ModelFileError(f"{file}: the key general.architecture is missing; this GGUF holds no model")
+    if architecture in _TOWERS:
+        raise UnsupportedError(
+            f"{file}: general.architecture is {architecture!r}: this is the part of a model that sees or hears "
+            "(mmproj), which edgert does not have; take the text model, which is a file of its own"
+        )
     module = architecture.replace("-", "_")
     if module not in _modules() or _name(module) != architecture:
         raise UnsupportedError(

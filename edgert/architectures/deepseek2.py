@@ -15,7 +15,7 @@ def config(keys: Keys) -> ModelConfig:
 
     Scores grow with the factor of YaRN. Routing by softmax (V2) or by sigmoid with biases and groups (V3).
     """
-    common, width = keys.common(), keys.integer("expert_feed_forward_length")
+    common, width = keys.common(unused_layers=True), keys.integer("expert_feed_forward_length")
     rank, n_rotated = keys.integer("attention.kv_lora_rank"), keys.integer("rope.dimension_count")
     d_key = keys.integer("attention.key_length_mla", common["d_head"])
     d_output = keys.integer("attention.value_length_mla", common["d_value"])

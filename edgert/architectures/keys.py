@@ -85,6 +85,15 @@ class Keys:
             raise self.wrong(key, value, f"a whole number from 0 to {_LARGEST - 1} for each of {n} layers")
         return [int(number) for number in value[:n]]
 
+    def booleans(self, key: str, n: int) -> list[bool]:
+        """True or false for each of n layers; one alone is that of all."""
+        value = self._value(key, None)
+        if not isinstance(value, np.ndarray):
+            return [self.boolean(key, False)] * n
+        if value.dtype.kind != "b" or len(value) < n:
+            raise self.wrong(key, value, f"true or false for each of {n} layers")
+        return [bool(one) for one in value[:n]]
+
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         """An integer of at least `least`. One per layer is accepted where all are the same."""
         value = self._value(key, default)
@@ -135,8 +144,8 @@ class Keys:
     def common(self, *, n_kv_heads: int | None = None, unused_layers: bool = False) -> _Common:
         """The fields of ModelConfig that every architecture reads alike.
 
-        n_kv_heads: where the file says it in another way. unused_layers: whether the last layers, as many as
-        nextn_predict_layers, predict further tokens; they are not run.
+        n_kv_heads: where the file says it in another way. unused_layers: whether files have layers at the end, as many
+        as nextn_predict_layers, that predict further tokens; they are not run.
         """
         d_model, n_heads = self.integer("embedding_length"), self.integer("attention.head_count")
         if n_kv_heads is None:

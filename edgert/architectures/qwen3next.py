@@ -13,7 +13,7 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
 
     in_turn: whether value heads take the key heads in turn, see DeltaConfig; the one difference of qwen35moe.
     """
-    common = keys.common()
+    common = keys.common(unused_layers=True)
     delta = DeltaConfig(
         n_key_heads=keys.integer("ssm.group_count"),
         n_value_heads=keys.integer("ssm.time_step_rank"),
@@ -28,10 +28,7 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
         raise keys.unsupported("ssm.state_size", delta.d_state, "a multiple of 16")
     if (inner := keys.integer("ssm.inner_size")) != delta.d_values:
         raise keys.wrong("ssm.inner_size", inner, f"ssm.time_step_rank times ssm.state_size = {delta.d_values}")
-    interval = keys.integer("full_attention_interval", 4)
-    layers = [
-        LayerConfig(mixer="delta" if (i + 1) % interval else "attention") for i in keys.each_layer(common["n_layers"])
-    ]
+    layers = [LayerConfig(mixer="delta" if one else "attention") for one in _recurrent(keys, common["n_layers"])]
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
@@ -45,3 +42,12 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
         query_gate=True,
         attention_scale=common["d_head"] ** -0.5,
     )
+
+
+def _recurrent(keys: Keys, n_layers: int) -> list[bool]:
+    """Which layers are delta nets: newer files say it of each, others have attention in every so many-th."""
+    interval = keys.integer("full_attention_interval", 4)
+    layers = keys.each_layer(n_layers)
+    if keys.has("attention.recurrent_layers"):
+        return keys.booleans("attention.recurrent_layers", n_layers)
+    return [(index + 1) % interval > 0 for index in layers]

@@ -162,8 +162,8 @@ def open_model(name: str | None, runtime: Mapping[str, Any]) -> Iterator[Model]:
         model = edgert.load(name, progress=loading.report, **runtime)
     with model:
         loading.check()
-        for warning in filter(None, (model.memory.warning, model.tokenizer.warning)):
-            note(warning)
+        for words in filter(None, (model.memory.warning, model.tokenizer.warning, model.skipped)):
+            note(words)
         yield model
 
 

@@ -168,6 +168,7 @@ def _document(packed: Packed) -> dict[str, Any]:
         "resumed": packed.resumed,
         "seconds": packed.seconds,
         "inexact": packed.inexact,
+        "skipped": packed.skipped,
     }
 
 
@@ -181,6 +182,8 @@ def _show(packed: Packed) -> None:
     output.write(f"{packed.path}: {size} in {packed.seconds:.1f} s, {rate}{earlier}\n")
     for kind, loss in packed.inexact.items():
         output.write(f"not exact: {kind} {loss}\n")
+    if packed.skipped:
+        output.write(f"not packed: {packed.skipped}\n")
 
 
 def _show_bits(found: PackedBits, json: bool) -> None:
@@ -193,6 +196,8 @@ def _show_bits(found: PackedBits, json: bool) -> None:
         output.write(f"{packed.path}: packed already, {size}\n")
     else:
         output.write(f"{packed.path}: {size} in {packed.seconds:.0f} s\n")
+    if packed.skipped:
+        output.write(f"not packed: {packed.skipped}\n")
     for line in found.lines():
         output.write(f"{line}\n")
 

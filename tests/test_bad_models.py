@@ -1,0 +1,247 @@
+"""Files of models that edgert runs in part or not at all: one line says what is skipped, or why it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from changed_models import Tensors, rewritten, unchanged
+from models import engine_of, golden, run
+from typer.testing import CliRunner
+
+from edgert.cli.app import app
+from edgert.describing import describe
+from edgert.errors import EdgertError, ModelFileError, UnsupportedError
+
+LINE = "layer 2 predicts tokens beyond the next (MTP): it is not run, and answers are the same without"
+
+
+def plus(**tensors: tuple[int, ...]) -> Callable[[Tensors], None]:
+    """A change that adds tensors of zeros; two underscores in a name are a dot."""
+    return lambda found: found.update({name.replace("__", "."): np.zeros(s) for name, s in tensors.items()})
+
+
+def without(*starts: str) -> Callable[[Tensors], None]:
+    """A change that takes away tensors whose names begin so."""
+
+    def change(found: Tensors) -> None:
+        for name in [name for name in found if name.startswith(starts)]:
+            del found[name]
+
+    return change
+
+
+def renamed(**names: str) -> Callable[[Tensors], None]:
+    def change(found: Tensors) -> None:
+        for old, new in names.items():
+            found[new.replace("__", ".")] = found.pop(old.replace("__", "."))
+
+    return change
+
+
+# ---- skipped ---------------------------------------------------------------------------------------------------------
+def test_layers_that_are_not_run_are_said_once_by_each_command(tmp_path: Path) -> None:
+    path = rewritten("glm4moe-f32", tmp_path / "further.gguf")
+    command, bundle = CliRunner().invoke, str(tmp_path / "further.edge")
+    packed = command(app, ["pack", str(path), bundle])
+    assert packed.exit_code == 0 and packed.stdout.count(LINE) == 1 and f"not packed: {LINE}\n" in packed.stdout
+    for model in (str(path), bundle):
+        shown = command(app, ["inspect", model])
+        assert shown.exit_code == 0 and shown.stdout.count(LINE) == 1
+        said = command(app, ["generate", model, "-p", "a", "--max-tokens", "1", "--context", "64", "--json"])
+        assert said.exit_code == 0 and said.stderr.count(LINE) == 1, said.stderr
+    assert json.loads(command(app, ["pack", str(path), bundle, "--json"]).stdout)["skipped"] == LINE
+
+
+def test_of_several_layers_and_of_none() -> None:
+    from dataclasses import replace
+
+    from edgert.architectures import read_config
+    from edgert.storage.gguf_file import GgufFile
+    from edgert.tensor_views import skipped
+
+    with GgufFile.open(golden("glm4moe-f32")[0]) as file:
+        config = read_config(file.metadata, "m")
+    assert skipped(replace(config, n_unused_layers=2)).startswith("layers 2 to 3 predict tokens beyond the next (MTP)")
+    assert skipped(replace(config, n_unused_layers=0)) == ""
+
+
+@pytest.mark.parametrize("name", ["deepseek2-lite-f32", "bailingmoe2-f32", "qwen3next-f32", "qwen35moe-f32"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_families_that_may_have_such_layers(name: str, is_there: bool, tmp_path: Path) -> None:
+    """With their tensors, or left out as some converters do: the answers are those of the model without."""
+    path, expected = golden(name)
+    n_layers = int(gguf.GGUFReader(path).fields[f"{name.split('-')[0]}.block_count"].contents())
+    further = {f"blk__{n_layers}__nextn__eh_proj__weight": (64, 128), f"blk__{n_layers}__attn_norm__weight": (64,)}
+    change = plus(**further) if is_there else unchanged
+    more = rewritten(name, tmp_path / "more.gguf", change, block_count=n_layers + 1, nextn_predict_layers=1)
+    tokens = expected["tokens"].tolist()
+    assert (run(*engine_of(more), tokens) == run(*engine_of(path), tokens)).all()
+    assert describe(more)["layers"] == n_layers and "skipped" not in describe(path)
+
+
+def test_delta_nets_that_are_listed(tmp_path: Path) -> None:
+    """Newer files say of each layer whether it is one, also of those that are not run."""
+    tokens = golden("qwen3next-f32")[1]["tokens"].tolist()
+    same = {"attention__recurrent_layers": [True, True, True, False, False]}
+    path = rewritten(
+        "qwen3next-f32", tmp_path / "a.gguf", block_count=5, nextn_predict_layers=1, full_attention_interval=3, **same
+    )
+    assert (run(*engine_of(path), tokens) == run(*engine_of(golden("qwen3next-f32")[0]), tokens)).all()
+    path = rewritten("qwen3next-f32", tmp_path / "b.gguf", attention__recurrent_layers=[True])
+    refused(path, ModelFileError, "attention.recurrent_layers is array", "true or false for each of 4 layers")
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------------
+def refused(path: Path, kind: type[EdgertError], *words: str) -> None:
+    """Inspecting, and so loading and packing, is refused in one line with these words."""
+    with pytest.raises(kind) as caught:
+        describe(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+UNSUPPORTED: list[tuple[str, Callable[[Tensors], None], dict[str, Any], tuple[str, ...]]] = [
+    ("bailingmoe2-f32", unchanged, {"expert_gating_func": 4}, ("expert_gating_func is 4; supported are 1 (softmax)",)),
+    ("dots1-f32", unchanged, {"expert_gating_func": 9}, ("expert_gating_func is 9", "2 (sigmoid)")),
+    ("qwen3moe-f32", unchanged, {"rope__scaling__type": "dynamic"}, ("rope.scaling.type is 'dynamic'", "yarn")),
+    ("qwen3moe-f32", unchanged, {"rope__dimension_sections": [4, 6, 6, 0]}, ("the key qwen3moe.rope.dimension_sec",)),
+    ("dots1-f32", unchanged, {"nextn_predict_layers": 1}, ("nextn_predict_layers = 1 is not supported",)),
+    (
+        "llama-f32",
+        renamed(blk__0__ffn_gate_exps__weight="blk__0__ffn_gate__0__weight"),
+        {},
+        ("it holds one tensor per expert (blk.0.ffn_gate.0.weight)",),
+    ),
+    (
+        "llama-f32",
+        plus(blk__1__ffn_gate_chexps__weight=(4, 8, 64)),
+        {},
+        ("the tensor blk.1.ffn_gate_chexps.weight (4, 8, 64) is not one that edgert uses for 'llama'",),
+    ),
+    (
+        "llama4-f32",
+        plus(v__patch_embd__weight=(8, 64), mm__model__fc__weight=(8, 8)),
+        {},
+        ("it holds a part that sees or hears (v.patch_embd.weight and 1 more tensors)", "take the text model alone"),
+    ),
+    ("llama4-f32", unchanged, {"vision__block_count": 3}, ("the key llama4.vision.block_count = 3",)),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "keys", "words"), UNSUPPORTED)
+def test_variants_that_edgert_does_not_run(
+    name: str, change: Callable[[Tensors], None], keys: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    refused(rewritten(name, tmp_path / "variant.gguf", change, **keys), UnsupportedError, *words)
+
+
+def test_only_the_layers_that_predict_further(tmp_path: Path) -> None:
+    path = rewritten("glm4moe-f32", tmp_path / "mtp.gguf", without("blk.0.", "blk.1."))
+    refused(path, UnsupportedError, "only layers that predict tokens beyond the next (MTP)", "blk.0.attn_norm.weight")
+
+
+def test_a_tower_of_its_own(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    writer.add_tensor("v.patch_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "mmproj.gguf", UnsupportedError, "is 'clip': this is the part of a model that sees or hears")
+
+
+CONTRADICTIONS: list[tuple[str, Callable[[Tensors], None], dict[str, Any], tuple[str, ...]]] = [
+    (
+        "qwen3moe-f32",
+        unchanged,
+        {"expert_count": 4},
+        ("blk.0.ffn_gate_inp.weight has shape (8, 64)", "ask for (4, 64)", "expert_count = 4"),
+    ),
+    (
+        "qwen3moe-f32",
+        unchanged,
+        {"attention__head_count_kv": 1},
+        ("blk.0.attn_k.weight has shape", "attention.head_count_kv = 1, attention.key_length = 32"),
+    ),
+    (
+        "qwen3moe-f32",
+        unchanged,
+        {"expert_feed_forward_length": 16},
+        ("blk.0.ffn_gate_exps.weight has shape", "expert_feed_forward_length = 16"),
+    ),
+    ("qwen3moe-f32", unchanged, {"embedding_length": 96}, ("token_embd.weight has shape", "embedding_length = 96")),
+    (
+        "qwen3moe-f32",
+        unchanged,
+        {"block_count": 5},
+        ("blk.2.attn_norm.weight is missing, as are all of layer 2", "qwen3moe.block_count is 5"),
+    ),
+    (
+        "deepseek2-v3-f32",
+        unchanged,
+        {"leading_dense_block_count": 2},
+        ("blk.1.ffn_gate.weight is missing, but there is blk.1.ffn_gate_exps.weight", "leading_dense_block_count = 2"),
+    ),
+    (
+        "deepseek2-v3-f32",
+        unchanged,
+        {"leading_dense_block_count": 0},
+        ("blk.0.ffn_gate_inp.weight is missing",),
+    ),
+    (
+        "llama-f32",
+        unchanged,
+        {"expert_count": None, "expert_used_count": None},
+        ("blk.0.ffn_gate.weight is missing, but there is blk.0.ffn_gate_exps.weight",),
+    ),
+    (
+        "deepseek2-lite-f32",
+        unchanged,
+        {"attention__kv_lora_rank": 16},
+        ("blk.0.attn_kv_a_mqa.weight has shape", "attention.kv_lora_rank = 16, rope.dimension_count = 8"),
+    ),
+    (
+        "glm4moe-f32",
+        unchanged,
+        {"nextn_predict_layers": 2, "leading_dense_block_count": 0},
+        ("the tensors of layer 1, such as blk.1.", "glm4moe.nextn_predict_layers is 2"),
+    ),
+    (
+        "glm4moe-f32",
+        unchanged,
+        {"nextn_predict_layers": 0},
+        ("blk.2.nextn.eh_proj.weight", "glm4moe.nextn_predict_layers is 0"),
+    ),
+    (
+        "bailingmoe2-f32",
+        unchanged,
+        {"nextn_predict_layers": 1},
+        ("bailingmoe2.nextn_predict_layers is 1, but the tensors of layer 2, such as blk.2.attn_k_norm.weight",),
+    ),
+    (
+        "lfm2moe-f32",
+        unchanged,
+        {"shortconv__l_cache": 4},
+        ("blk.0.shortconv.conv.weight has shape", "shortconv.l_cache = 4"),
+    ),
+    (
+        "gpt-oss-f32",
+        unchanged,
+        {"attention__head_count": 8},
+        ("has shape", "attention.head_count = 8"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "keys", "words"), CONTRADICTIONS)
+def test_metadata_and_tensors_that_contradict_each_other_are_both_named(
+    name: str, change: Callable[[Tensors], None], keys: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    refused(rewritten(name, tmp_path / "torn.gguf", change, **keys), ModelFileError, *words)
