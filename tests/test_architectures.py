@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from changed_models import rewritten
+from changed_models import Tensors, rewritten
 from models import engine_of, golden, golden_path, run
 
 from edgert.architectures import read_config, supported
@@ -55,7 +55,8 @@ def test_supported_architectures_are_found() -> None:
         ("qwen3moe-f32", "qwen3moe.a.new.key", 1, UnsupportedError, "qwen3moe.a.new.key = 1"),
         ("qwen3moe-f32", "qwen3moe.rope.scaling.type", "longrope", UnsupportedError, "'longrope'; supported are none"),
         ("qwen3moe-f32", "qwen3moe.expert_gating_func", 4, UnsupportedError, "expert_gating_func is 4"),
-        ("qwen3moe-f32", "qwen3moe.expert_group_count", 4, UnsupportedError, "expert_group_count = 4"),
+        ("qwen3moe-f32", "qwen3moe.expert_group_count", 3, ModelFileError, "a divisor of expert_count = 8"),
+        ("olmoe-f32", "olmoe.expert_group_count", 99, ModelFileError, "expert_group_count is 99, not a divisor"),
         ("qwen3moe-f32", "qwen3moe.expert_used_count", 99, ModelFileError, "at most expert_count = 8"),
         ("qwen3moe-f32", "qwen3moe.block_count", 0, ModelFileError, "block_count is 0"),
         ("qwen3moe-f32", "qwen3moe.block_count", "many", ModelFileError, "block_count is 'many'"),
@@ -111,6 +112,7 @@ def test_refusals_name_the_key_and_the_value(
     [
         ("llama-f32", "attention.sliding_window", 0),
         ("llama-f32", "expert_group_count", 1),
+        ("llama-f32", "expert_group_count", 0),
         ("llama-f32", "attention.head_count_kv", np.array([2, 2])),
         ("llama-f32", "attention.scale", 0.0),
         ("llama-f32", "rope.scaling.finetuned", False),
@@ -153,6 +155,26 @@ def test_expert_widths_that_older_files_leave_out() -> None:
     del old["qwen3moe.feed_forward_length"]
     with pytest.raises(ModelFileError, match=r"qwen3moe\.feed_forward_length is missing"):
         read_config(old, "some.gguf")
+
+
+@pytest.mark.parametrize("name", ["llama-f32", "olmoe-f32", "qwen2moe-f32", "qwen3moe-f32", "granitemoe-f32"])
+def test_groups_of_experts_count_in_every_architecture(name: str, tmp_path: Path) -> None:
+    """As in llama.cpp, whose routing reads the keys whatever the model is: experts come from the best group alone."""
+
+    def keep_six(tensors: Tensors) -> None:
+        for tensor in tensors:
+            if "_exps" in tensor or "ffn_gate_inp.weight" in tensor:
+                tensors[tensor] = tensors[tensor][:6]
+
+    keys = {"expert_count": 6, "expert_used_count": 2, "expert_group_count": 2, "expert_group_used_count": 1}
+    path = rewritten(name, tmp_path / "grouped.gguf", keep_six, **keys)
+    tokens, chosen = golden(name)[1]["tokens"].tolist(), []
+    engine, session = engine_of(path)
+    engine.trace = lambda device: chosen.append(np.array(device.chosen(0)[0]))
+    logits = run(engine, session, tokens)
+    of_group = np.concatenate(chosen) // 3
+    assert (of_group == of_group[:, :1]).all() and len(np.unique(of_group)) == 2
+    assert (logits == run(*engine_of(path, device=ReferenceDevice), tokens)).all()
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "f32"])

@@ -223,13 +223,12 @@ class Keys:
         gating: int = 1,
         gatings: tuple[int, ...] = (1, 2),
         scaled: bool = False,
-        groups: bool = False,
         biased: bool = False,
     ) -> RouterConfig:
         """Routing. gating: GGUF's number of the function where the file names none; gatings: those that may be named.
 
-        normalise: None: as expert_weights_norm says. scaled, groups: whether the architecture has expert_weights_scale,
-        and groups of experts. biased: whether it may have biases for the choice.
+        normalise: None: as expert_weights_norm says. scaled: whether the architecture has expert_weights_scale. biased:
+        whether it may have biases for the choice. Groups of experts count in every architecture, as in llama.cpp.
         """
         n_expert, top_k = self.integer("expert_count"), self.integer("expert_used_count")
         if top_k > n_expert:
@@ -240,7 +239,7 @@ class Keys:
             raise UnsupportedError(f"{self._name('expert_gating_func')} is {found}; supported are {known}")
         if normalise is None:
             normalise = self.boolean("expert_weights_norm", False)
-        n_groups, n_groups_used = self._groups(n_expert, top_k) if groups else (1, 1)
+        n_groups, n_groups_used = self._groups(n_expert, top_k)
         over, late = _GATINGS[found]
         return RouterConfig(
             n_expert,

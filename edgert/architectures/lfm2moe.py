@@ -21,7 +21,7 @@ def config(keys: Keys) -> ModelConfig:
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
-        router=keys.router(normalise=True, gating=2, gatings=(2,), groups=True, biased=True),
+        router=keys.router(normalise=True, gating=2, gatings=(2,), biased=True),
         d_expert=keys.integer("expert_feed_forward_length"),
         d_dense=keys.integer("feed_forward_length"),
         layers=tuple(layer if n else replace(layer, mixer="convolution") for layer, n in layers),
