@@ -22,8 +22,10 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path[:0] = [str(TOOLS)]  # it is no package
 
 import cage  # noqa: E402   # found through the line above
+import capped_peer  # noqa: E402
 
 from edgert.loading import resolve  # noqa: E402
+from edgert.plan_model import open_plan_model  # noqa: E402
 from edgert.quant import jit  # noqa: E402
 
 pytestmark = [
@@ -80,6 +82,17 @@ def test_the_comparison_runs_both_under_the_limit(tmp_path: Path) -> None:
     )
     assert 250 < cap["edgert"]["highest_peak_mib"] <= 600
     assert cap["edgert"]["runs"][0]["report"]["tests"][0]["kind"] == "generate"
+
+
+def test_the_limit_of_a_residency_is_the_smallest_that_holds_it() -> None:
+    needs = open_plan_model("olmoe-1b-7b").needs(512, "f16", 2)
+    for share in (0.25, 0.5):
+        cap = capped_peer.cap_for(Path("olmoe-1b-7b"), share, 512, 2)
+        less, held = (
+            memory.plan_memory(needs, memory.Budget(mib * MIB, mib * MIB, mib * MIB, strict=True)).residency
+            for mib in (cap - 1, cap)
+        )
+        assert less < share <= held < share + 0.001
 
 
 GROWING = """

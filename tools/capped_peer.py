@@ -1,12 +1,13 @@
 """Compare edgert and llama.cpp (mmap) under the same memory limit, page cache counted, in runs that alternate.
 
 python tools/capped_peer.py MODEL.edge --peer-model MODEL.gguf --against path/to/llama-bench
-                            [--caps 2200,1400] [--pairs 5] [--generate 32] [--threads 2]
+                            [--caps 2200,1400 | --residency 25%] [--pairs 5] [--generate 32] [--threads 2]
 python tools/capped_peer.py MODEL.edge --runs 20 [--caps ...] [--prompt 2000] [--context 4096]
 
 Each run starts with the page cache dropped, in a cgroup of its own, and generates from random token ids; edgert gets
---memory equal to the limit. The second form runs edgert alone: that it never touches the limit, also with a long
-prompt. Needs root and writable cgroups. The last line is one JSON document.
+--memory equal to the limit. --residency 25% in the place of --caps: the limit with which edgert holds that share of
+the experts. The second form runs edgert alone: that it never touches the limit, also with a long prompt. Needs root and
+writable cgroups. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ import cage
 from bench_peer import PeerError, Settings, parse, say
 
 from edgert.bench_runner import Test
+from edgert.cli.options import parse_shares
+from edgert.errors import EdgertError
+from edgert.memory import STARTING_BYTES, Budget, plan_memory
+from edgert.plan_model import open_plan_model
 
 _MIB = 1 << 20
 _MMAP = Settings("mmap", "auto", "0")  # repacking would copy all weights out of the mapped file, and be killed
@@ -62,6 +67,9 @@ class Run:
 
     def __str__(self) -> str:
         rate = f"{self.rate:.2f} tok/s" if self.rate is not None else self.trouble
+        for experts in (test["experts"] for test in self.report.get("tests", ()) if test["kind"] == "generate"):
+            if experts is not None:
+                rate += f" ({experts['residency']:.0%} of the experts in RAM, {experts['hit_rate'] or 0:.0%} hits)"
         return f"{rate}, peak {self.outcome.peak_bytes // _MIB:,} MiB, {self.outcome.limit_hits:,} limit hits"
 
 
@@ -107,6 +115,18 @@ class Work:
     def _run(self, command: Sequence[str], cap_mib: int) -> cage.Outcome:
         cage.drop_page_cache()
         return cage.run(command, cap_mib * _MIB, timeout_s=self.timeout_s, env=dict(os.environ))
+
+
+def cap_for(model: Path, residency: float, context: int, threads: int) -> int:
+    """The smallest limit, in MiB, with which edgert holds that share of the experts in RAM. EdgertError: no such model.
+
+    The plan is that of a run with --memory, its kernels compiled.
+    """
+    needs = open_plan_model(str(model)).needs(context, "f16", threads)
+    cap = -(-max(needs.floor().total, STARTING_BYTES) // _MIB)
+    while plan_memory(needs, Budget(cap * _MIB, cap * _MIB, cap * _MIB, strict=True)).residency < residency:
+        cap += 1
+    return cap
 
 
 def compare(work: Work, options: argparse.Namespace, cap_mib: int) -> dict[str, Any]:
@@ -162,6 +182,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--caps", type=lambda text: [int(part) for part in text.split(",")], default=[2200, 1400], metavar="MIB,..."
     )
+    parser.add_argument("--residency", type=parse_shares, metavar="SHARE,...", help="instead of --caps")
     parser.add_argument("--pairs", type=int, default=5, metavar="N")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="of edgert, without --against")
     parser.add_argument("--generate", type=int, default=32, metavar="N")
@@ -180,11 +201,14 @@ def main() -> int:
     options = read_options()
     work = Work(options.generate, options.prompt, options.context, options.threads, options.timeout)
     try:
+        if options.residency:
+            numbers = options.context, options.threads
+            options.caps = [cap_for(options.model, share, *numbers) for share in options.residency]
         one = compare if options.against else alone
         found = [one(work, options, cap_mib) for cap_mib in options.caps]
     except KeyboardInterrupt:
         return 130
-    except (cage.CageError, OSError, subprocess.TimeoutExpired) as problem:
+    except (cage.CageError, EdgertError, OSError, subprocess.TimeoutExpired) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     document = {
