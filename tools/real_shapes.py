@@ -4,8 +4,10 @@ python tools/real_shapes.py gpt-oss-20b|deepseek-v2-lite OUT.gguf [--layers N] [
 
 Names, types and sizes are those of the public files (MXFP4 with Q8_0; Q4_K_M, whose rows of 1408 fall back to Q5_0 and
 Q8_0), and so are the number of tokens and merges; the words are made up. Bits of blocks are drawn, not quantised.
-Rows of the router differ in length, so that some experts are used more than others. 12 GB take a minute or two and
-200 MB of memory.
+Rows of the router differ in length, so that some experts are used more than others: over a hundred random tokens as
+many as if 24 of 32 (20 to 29, by layer) or 37 of 64 (26 to 54) were used evenly, the exponential of the entropy, and
+16 to 34 % and 13 to 35 % of a token's experts were the last one's. Real models: 58 to 64 % of all as if evenly. 12 GB
+take a minute or two and 200 MB of memory.
 """
 
 from __future__ import annotations
@@ -256,8 +258,8 @@ def _write_header(name: str, path: Path, keys: Keys, tensors: Sequence[Tensor]) 
     n_tokens = keys["vocab_size"]
     _add_vocabulary(writer, SHAPES[name], n_tokens - min(n_control, n_tokens // 4), n_tokens)
     for tensor in tensors:
-        whole = np.dtype(np.float16)  # of no meaning: the type is stated
-        writer.add_tensor_info(tensor.name, tensor.shape, whole, tensor.n_bytes, raw_dtype=tensor.type)
+        unused = np.dtype(np.float16)  # the type is stated
+        writer.add_tensor_info(tensor.name, tensor.shape, unused, tensor.n_bytes, raw_dtype=tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -297,8 +299,10 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, metavar="N", help="fewer than the model has")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     options = parser.parse_args(arguments)
-    if options.layers is not None and not 1 <= options.layers <= keys_of(options.name)["block_count"]:
-        parser.error(f"--layers: 1 to {keys_of(options.name)['block_count']}")
+    keys = keys_of(options.name)
+    least, most = keys.get("leading_dense_block_count", 0) + 1, keys["block_count"]
+    if options.layers is not None and not least <= options.layers <= most:
+        parser.error(f"--layers {options.layers}: {options.name} has {most}, of which at least {least} are needed")
     return options
 
 
