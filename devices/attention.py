@@ -46,8 +46,8 @@ ATTENTION = record(
     "n_heads n_kv_heads d_head d_value n_rotated neox qk_norm norm_late query_norm key_norm window span sinks",
     floats="eps attention_scale",
 )
-# One layer's keys and values (see kv_cache): bytes from head to head and block to block, offsets in a block, and the
-# addresses of the functions of its type in ATTEND_BLOCKS and WRITE.
+# One layer's keys and values (see kv_cache): bytes from head to head and block to block, offsets in a block (values: 0
+# where they are part of the keys), and the addresses of the functions of its type, see kv_cache.functions.
 CACHE = record("address head_bytes block_bytes values key_scales value_scales attend_blocks write")
 # Work space: bytes from thread to thread, and offsets in a thread's share; `factors` is an offset from the address.
 SCRATCH = record("address stride queries ranges scores state block wide key value spare work own_factors parts factors")
@@ -172,7 +172,7 @@ class _Job:
         code, j, a, cache, s = self.code, self.job, self.layer, self.cache, self.scratch
         w = code.record(self.own + s.work, POSITION)
         w.key, w.value, w.spare = self.own + s.key, self.own + s.value, self.own + s.spare
-        w.d_head, w.d_value = a.d_head, a.d_value
+        w.d_head, w.d_value = a.d_head, code.choose(cache.values.equals(0), 0, a.d_value)
         w.values, w.key_scales, w.value_scales = cache.values, cache.key_scales, cache.value_scales
         w.row_bytes = (cache.key_scales - cache.values) // BLOCK
         with code.loop(first_token, end_token) as t:

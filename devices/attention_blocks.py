@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgert.devices.attention_products import BLOCK, ITEM, multiply, widen, widen_scales
+from edgert.devices.attention_products import BLOCK, GROUP, ITEM, multiply, turn, widen, widen_scales
 from edgert.quant import reference
 from edgert.quant.assembler import Code, Number, Record, Value, operation
 from edgert.quant.jit import kernel
@@ -181,10 +181,11 @@ class _Blocks:
     """Attention of a ROWS record over its blocks, for a type of the cache and few rows, or more than that.
 
     Few rows take keys and values as they are, each read once. For more they are widened first, once for all of them.
+    once: the last `width` dimensions of keys are the values, which the cache has not apart.
     """
 
-    def __init__(self, code: Code, kv_type: str, rows: Record, few: bool) -> None:
-        self.code, self.rows, self.few = code, rows, few
+    def __init__(self, code: Code, kv_type: str, rows: Record, few: bool, once: bool) -> None:
+        self.code, self.rows, self.few, self.once = code, rows, few, once
         self.key_kind, self.value_kind = _KINDS[kv_type]
         self.choices = tuple(n for n in AT_ONCE if n <= FEW[kv_type]) if few else (1, *_MORE[kv_type])
         self.lanes, self.width_bytes = lanes_bytes(rows.n_rows), rows.width * 4
@@ -246,10 +247,21 @@ class _Blocks:
                         code.do(store_float, largest, _LOWEST)
                         code.do(store_float, total, 0.0)
 
+    def values(self, block: Value) -> tuple[str, Value, Value]:
+        """The kind of values, and addresses as of numbers()."""
+        rows, kind = self.rows, self.key_kind
+        if not self.once:
+            found = self.numbers(self.value_kind, block + rows.values, block + rows.value_scales, rows.width)
+            return self.value_kind, *found
+        first = rows.d_head - rows.width
+        scales = block + rows.key_scales + first // GROUP * (2 * BLOCK)
+        turned = turn(self.code, kind, block + first * (BLOCK * ITEM[kind]), scales, rows.width, rows.wide)
+        return "float", turned, rows.wide
+
     def sum_values(self, block: Value, part: Value) -> None:
         """Weighted sums of values, into the state or the part."""
-        code, rows, kind = self.code, self.rows, self.value_kind
-        values, scales = self.numbers(kind, block + rows.values, block + rows.value_scales, rows.width)
+        code, rows = self.code, self.rows
+        kind, values, scales = self.values(block)
         stride, out = rows.width * self.item(kind), part + self.lanes * 3
         with code.loop(0, rows.n_rows, self.together) as start:
             end = code.smaller(start + self.together, rows.n_rows)
@@ -268,20 +280,22 @@ class _Blocks:
                 _add_row(code, rows.state, part, self.lanes, rows.width, row, place)
 
 
-def _attend_blocks_operation(kv_type: str) -> Any:
+def _attend_blocks_operation(kv_type: str, once: bool) -> Any:
     def attend_blocks(code: Code, rows_address: Value) -> None:
         """Either path, for a type of the cache."""
         rows = code.record(rows_address, ROWS)
         with code.either(rows.n_rows <= FEW[kv_type]) as (then, otherwise):
             with then:
-                _Blocks(code, kv_type, rows, True).run()
+                _Blocks(code, kv_type, rows, True, once).run()
             with otherwise:
-                _Blocks(code, kv_type, rows, False).run()
+                _Blocks(code, kv_type, rows, False, once).run()
 
     return operation(1)(attend_blocks)
 
 
-_attend_f16, _attend_f32, _attend_int8 = (_attend_blocks_operation(kv_type) for kv_type in ("f16", "f32", "int8"))
+_TYPES = ("f16", "f32", "int8")
+_attend_f16, _attend_f32, _attend_int8 = (_attend_blocks_operation(kv_type, False) for kv_type in _TYPES)
+_once_f16, _once_f32, _once_int8 = (_attend_blocks_operation(kv_type, True) for kv_type in _TYPES)
 
 
 @kernel
@@ -305,4 +319,23 @@ def attend_blocks_int8(rows: int) -> None:
     _attend_int8(rows)
 
 
+@kernel
+def attend_once_f16(rows: int) -> None:
+    """The same over half floats, where the last dimensions of a key are its value."""
+    _once_f16(rows)
+
+
+@kernel
+def attend_once_f32(rows: int) -> None:
+    """The same over floats."""
+    _once_f32(rows)
+
+
+@kernel
+def attend_once_int8(rows: int) -> None:
+    """The same over int8."""
+    _once_int8(rows)
+
+
+ATTEND_ONCE = {"f16": attend_once_f16, "f32": attend_once_f32, "int8": attend_once_int8}
 ATTEND_BLOCKS = {"f16": attend_blocks_f16, "f32": attend_blocks_f32, "int8": attend_blocks_int8}

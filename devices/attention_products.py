@@ -14,6 +14,8 @@ from edgert.quant.assembler import Code, Number, Value
 from edgert.quant.llvm import V_F32
 from edgert.quant.simd import (
     fma,
+    interleave_high,
+    interleave_low,
     load_f16,
     load_f32,
     load_float,
@@ -170,6 +172,34 @@ def _widen_int8_values(code: Code, source: Value, scales: Value, width: Value, t
             _widen_int8(code, row + first, scale, out + first * 4)
             with code.when(first + 16 < width):
                 _widen_int8(code, row + first + 16, scale, out + first * 4 + 64)
+
+
+def _transposed(code: Code, vectors: list[Value]) -> list[Value]:
+    """16 vectors of 16 lanes as a square, transposed: dealing two halves out in turns, four times."""
+    for _ in range(4):
+        pairs = list(zip(vectors[:8], vectors[8:], strict=True))
+        vectors = [code.do(deal, *pair) for pair in pairs for deal in (interleave_low, interleave_high)]
+    return vectors
+
+
+def turn(code: Code, kind: str, source: Value, scales: Value, n: Value, to: Value) -> Value:
+    """Keys (n, 64), n a multiple of 16, as values (64, n), floats; scales: of int8, those of the keys."""
+
+    def vector(d: Value, first: int) -> Value:
+        """A dimension of 16 positions from `first` on."""
+        at = source + (d * BLOCK + first) * ITEM[kind]
+        if kind != "int8 keys":
+            return code.do(load_f16 if kind == "half" else load_f32, at)
+        scale = code.do(load_f16, scales + d // GROUP * (2 * BLOCK) + 2 * first)
+        return code.do(to_f32, code.do(load_signed_bytes, at)) * scale
+
+    with code.loop(0, n, 16) as d:
+        _ask_for(code, source + d * BLOCK * ITEM[kind] + AHEAD)
+        for first in range(0, BLOCK, 16):
+            square = _transposed(code, [vector(d + i, first) for i in range(16)])
+            for position, values in enumerate(square, first):
+                code.do(store_f32, to + (n * position + d) * 4, values)
+    return to
 
 
 def widen(code: Code, kind: str, source: Value, scales: Value, n: Value, to: Value) -> Value:

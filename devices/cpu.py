@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgert.devices import feed_forward, layers
+from edgert.devices import feed_forward, kv_cache, layers
 from edgert.devices.attention import attend
-from edgert.devices.attention_blocks import ATTEND_BLOCKS
-from edgert.devices.attention_heads import WRITE
 from edgert.devices.base import (
     AHEAD,
     CHUNK,
@@ -95,13 +93,12 @@ class CpuDevice:
         """What a model with matrices of these formats needs compiled, with the number of integers that each takes."""
         quantised = activations == "int8"
         tiles = {kernel: 8 for format in formats for kernel in matmul.compiled_kernels(format, quantised)}
-        cache = ATTEND_BLOCKS[kv_type], WRITE[kv_type]
         return [
             *tiles.items(),
             *((mixer, 4) for mixer in (functions(config).values() if config else [attend])),
             *_PARTS.values(),
             *((job, 4) for job in (*_JOBS, *_STREAMED_JOBS)),
-            *((kernel, 1) for kernel in cache),
+            *((kernel, 1) for kernel in kv_cache.functions(config, kv_type)),
         ]
 
     # ---- loading -----------------------------------------------------------------------------------------------------

@@ -109,6 +109,8 @@ def _layer_parts(weights: Weights, n: int, seen: int, numbers: Numbers) -> Itera
     moved = scores * number if numbers.nodes else 0.0
     for name, head, width in (("qk_matmul", c.d_head, c.d_head), ("sv_matmul", c.d_value, c.d_value)):
         cached = seen * c.n_kv_heads * width * numbers.cached
+        if c.latent and name == "sv_matmul":  # latent vectors are there once, and were read for the scores
+            cached = 0.0
         yield Part(name, attending, 2 * scores * head, n * c.n_heads * width * number + cached + moved, "float")
     if c.delta:
         memory = c.delta.d_values * c.delta.d_state

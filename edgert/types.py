@@ -72,8 +72,8 @@ class RouterConfig:
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) with its matrices absorbed.
 
-    What is cached of a token is one key for all heads, the rotated part and then the latent vector, and the latent
-    vector as its value: in ModelConfig n_kv_heads is 1, d_value the length of the latent vector, d_head that and
+    What is cached of a token is one key for all heads, the rotated part and then the latent vector, which is its value
+    too: in ModelConfig n_kv_heads is 1, d_value the length of the latent vector, d_head that and
     rope.n_rotated. A head's query has d_plain dimensions that are turned into d_value of them by a matrix of its own,
     and another matrix turns what it attended to into the d_output that it gives.
     """

@@ -22,7 +22,7 @@ from edgert.devices.kv_cache import KvCache
 from edgert.devices.threads import ThreadPool
 from edgert.errors import OptionError
 from edgert.quant.records import address_of
-from edgert.types import Floats, LayerConfig, ModelConfig, RopeConfig
+from edgert.types import Floats, LatentConfig, LayerConfig, ModelConfig, RopeConfig
 
 THREADS = (1, 2, 3, 5)
 _NORMS = {"none": NO_NORM, "head": HEAD_NORM, "unit": HEAD_NORM, "vector": VECTOR_NORM}
@@ -258,6 +258,49 @@ def test_int8_is_close() -> None:
     assert 0 < np.sqrt((difference**2).mean()) < 0.01
 
 
+def latent_of(rank: int, n_rotated: int, n_heads: int) -> ModelConfig:
+    """Latent attention: one key for all heads, whose last dimensions are the value."""
+    c = config_of(1, n_heads, rank + n_rotated, rank, n_rotated, rope="norm")
+    return replace(c, latent=LatentConfig(16, 16))
+
+
+def latent_rows(c: ModelConfig, n: int, seed: int) -> tuple[Floats, Floats, Floats]:
+    query, key, _ = rows_of(c, n, seed)
+    return query, key, np.ascontiguousarray(key[:, c.rope.n_rotated :])
+
+
+@pytest.mark.parametrize("kv_type", kv_cache.KV_TYPES)
+@settings(max_examples=20)
+@given(
+    st.builds(
+        latent_of, st.sampled_from([16, 32, 48, 80]), st.sampled_from([2, 8, 32, 64]), st.sampled_from([1, 2, 6, 9, 17])
+    ),
+    st.integers(1, 140),
+    st.sampled_from(THREADS),
+    st.integers(0, 2**20),
+)
+def test_values_that_are_part_of_keys(kv_type: str, c: ModelConfig, n: int, threads: int, seed: int) -> None:
+    """They are kept once, and no bit of an answer tells."""
+    once, twice = Layer(c, n, kv_type, 0, threads), Layer(replace(c, latent=None), n, kv_type, 0, threads)
+    smaller = kv_type != "int8" or c.rope.n_rotated % 32 == 0
+    assert (once.cache.n_bytes < twice.cache.n_bytes) == smaller
+    rows = latent_rows(c, n, seed)
+    for part in chunks(n, [1 + seed % 70, 1]):
+        chunk = tuple(one[part] for one in rows)
+        found = once.run(*chunk, part.start)
+        assert (found == twice.run(*chunk, part.start)).all()
+        assert (found == once.reference(*chunk, part.start)).all()
+
+
+@pytest.mark.parametrize("kv_type, bytes_each", [("f16", 2), ("f32", 4), ("int8", 1 + 2 / 32)])
+def test_deepseek_keeps_576_numbers_a_token_and_layer(kv_type: str, bytes_each: float) -> None:
+    """DeepSeek V2-Lite's and V3's shape: a latent vector of 512 and 64 rotated numbers, whatever the heads."""
+    c = latent_of(512, 64, 16)
+    assert kv_cache.cache_bytes(c, 6400, kv_type) == 6400 * 576 * bytes_each
+    cache = KvCache(c, 6400, kv_type)
+    assert cache.n_bytes == 6400 * 576 * bytes_each and cache.records["values"][0] == 0
+
+
 @pytest.mark.parametrize("kv_type, bytes_each", [("f16", 2), ("f32", 4), ("int8", 1 + 2 / 32)])
 def test_the_cache_says_its_size(kv_type: str, bytes_each: float) -> None:
     c = replace(config_of(4, 1, 128, 64), n_layers=3)
@@ -277,5 +320,5 @@ def test_an_unknown_type_is_refused() -> None:
 def test_names_of_sizes_agree() -> None:
     assert kv_cache.BLOCK == attention_products.BLOCK == reference.BLOCK
     assert kv_cache.GROUP == attention_products.GROUP
-    assert set(kv_cache.KV_TYPES) == set(attention_blocks.ATTEND_BLOCKS)
+    assert set(kv_cache.KV_TYPES) == set(attention_blocks.ATTEND_BLOCKS) == set(attention_blocks.ATTEND_ONCE)
     assert attention_blocks.PANEL % attention_blocks.MANY == attention_blocks.PANEL % 16 == 0

@@ -42,6 +42,13 @@ def test_tables_of_tensors_add_up_to_what_the_makers_say(name: str) -> None:
     assert needed.working_set == needed.cold * needed.top_k // sizes.shape[1]
 
 
+@pytest.mark.parametrize(("name", "n_layers"), [("deepseek-v2-lite", 27), ("deepseek-v3", 61)])
+def test_what_a_cache_of_latent_vectors_needs(name: str, n_layers: int) -> None:
+    """576 numbers of a token and layer, in what is planned as in the ledger."""
+    needed = open_plan_model(name).needs(4096, "f16", 4)
+    assert needed.kv == needed.plan(512).kv == n_layers * 4096 * 576 * 2
+
+
 # ---- other forms of the same model -----------------------------------------------------------------------------------
 def test_an_input_matrix_of_delta_nets_in_the_older_order(tmp_path: Path) -> None:
     """ssm_in, grouped by key head, instead of attn_qkv and attn_gate."""
