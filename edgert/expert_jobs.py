@@ -7,6 +7,7 @@ otherwise, and so now and then take another integer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.quant.formats import FORMATS, MatrixSource
-from edgert.quant.quantise_expert import option_errors, quantise_expert
+from edgert.quant.quantise_expert import Biases, option_errors, quantise_expert
 from edgert.states import States
 from edgert.types import Floats
 from edgert.weights import Weights
@@ -30,7 +31,7 @@ class ExpertJob:
 
     gate, up: (d_expert, d_model), down: (d_model, d_expert), float16 where the source has no more. rows: (n_tokens,
     d_model) with their router weights (n_tokens,). formats: those to be tried, or one each for gate, up and down ("":
-    nothing to do).
+    nothing to do). biases: of gate and up, where the model has them.
     """
 
     layer: int
@@ -43,6 +44,7 @@ class ExpertJob:
     formats: tuple[str, ...]
     quantiser: str
     activation: str
+    biases: Biases | None = None
 
     def arrays(self) -> tuple[Floats, Floats, Floats, Floats]:
         """gate, up, down and rows as float32."""
@@ -55,7 +57,7 @@ def errors_of(job: ExpertJob) -> Floats:
 
     The last is that of PROBE, rounded to the nearest.
     """
-    arrays, about = job.arrays(), (job.importance, job.activation)
+    arrays, about = job.arrays(), (job.importance, job.activation, job.biases)
     found = [
         option_errors(*arrays[:3], [FORMATS[name] for name in names], quantiser, arrays[3], *about)
         for names, quantiser in ((job.formats, job.quantiser), ([PROBE], "rtn"))
@@ -67,7 +69,7 @@ def tiles_of(job: ExpertJob) -> list[Bytes | None]:
     """Tiles of gate, up and down in their formats; None where there was nothing to do."""
     gate, up, down, rows = job.arrays()
     formats = [FORMATS[name] if name else None for name in job.formats]
-    made = quantise_expert(gate, up, down, formats, job.quantiser, rows, job.importance, job.activation)
+    made = quantise_expert(gate, up, down, formats, job.quantiser, rows, job.importance, job.activation, job.biases)
     tiles: list[Bytes | None] = []
     for matrix in made.matrices:
         if matrix is None:
@@ -86,6 +88,7 @@ def jobs_of(
     quantiser: str,
 ) -> Iterator[ExpertJob]:
     """A job for each (layer, expert, formats) that is wanted; weights are read when a job is asked for."""
+    biases_of = functools.lru_cache(1)(weights.expert_biases)
     for layer, expert, formats in wanted:
         found = weights.expert(layer, expert)
         gate, up, down = (_floats(matrix) for matrix in (found.gate, found.up, found.down))
@@ -94,7 +97,9 @@ def jobs_of(
             rows, importance = rows * importance[:, None], np.ones_like(importance)
         rows16 = rows.astype(np.float16)  # as they were kept
         activation = weights.config.activation
-        yield ExpertJob(layer, expert, gate, up, down, rows16, importance, formats, quantiser, activation)
+        of_layer = biases_of(layer)
+        biases = None if of_layer is None else (of_layer.gate[expert], of_layer.up[expert])
+        yield ExpertJob(layer, expert, gate, up, down, rows16, importance, formats, quantiser, activation, biases)
 
 
 def _floats(matrix: MatrixSource) -> npt.NDArray[Any]:

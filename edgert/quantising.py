@@ -47,7 +47,7 @@ SHORT_CANDIDATES = ("int5", "int6", "int8")  # besides, where rows are no multip
 _BASE = "int8"  # what the experts of other layers get in a trial
 _TAKEN = 0.05  # nats that the probe's format costs a model, where it cannot be measured
 _TRIAL_CHUNKS = 8
-METHOD = 1  # of finding errors and gains: to be raised with what changes their values
+METHOD = 2  # of finding errors and gains: to be raised with what changes their values
 
 
 @dataclass(frozen=True)

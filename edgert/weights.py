@@ -176,16 +176,12 @@ class Weights:
     def layer(self, index: int) -> LayerWeights:
         """Hot weights of a layer."""
         prefix, c = f"blk.{index}.", self.config
-        routed, shared, biases = c.has_experts(index), None, None
+        routed, shared = c.has_experts(index), None
         if c.d_always(index):
             suffix = "_shexp" if routed else ""
             shared = ExpertWeights(
                 *(self._source.matrix(f"{prefix}ffn_{part}{suffix}.weight") for part in ("gate", "up", "down"))
             )
-        if routed and c.expert_bias:
-            assert c.router is not None
-            parts = (self._source.vector(f"{prefix}ffn_{part}_exps.bias") for part in ("gate", "up", "down"))
-            biases = ExpertBiases(*(part.reshape(c.router.n_expert, -1) for part in parts))
         return LayerWeights(
             mixer_norm=self._norm(f"{prefix}attn_norm"),
             mixer=self._mixer(prefix, c.layer(index).mixer),
@@ -194,8 +190,16 @@ class Weights:
             choice_bias=self._optional(f"{prefix}exp_probs_b.bias"),
             shared=shared,
             shared_gate=self._source.matrix(f"{prefix}ffn_gate_inp_shexp.weight") if c.shared_gate and routed else None,
-            expert_biases=biases,
+            expert_biases=self.expert_biases(index),
         )
+
+    def expert_biases(self, layer: int) -> ExpertBiases | None:
+        """What the matrices of a layer's experts add, where the model has that."""
+        router = self.config.router
+        if router is None or not (self.config.expert_bias and self.config.has_experts(layer)):
+            return None
+        parts = (self._source.vector(f"blk.{layer}.ffn_{part}_exps.bias") for part in ("gate", "up", "down"))
+        return ExpertBiases(*(part.reshape(router.n_expert, -1) for part in parts))
 
     def _mixer(self, prefix: str, kind: str) -> Mixer:
         """The weights of what lets a token see those before it."""

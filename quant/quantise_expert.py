@@ -6,6 +6,7 @@ The rows that down multiplies are computed here from those of gate and up. Knows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,46 @@ _ERROR_ROWS = 512  # most rows on which the error of an expert's output is measu
 _ERROR_OUTPUTS = 64  # most outputs of a projection that are quantised to learn the error of all
 _FEWEST_KEPT = 32  # rows, to be kept back from the quantiser for that once and for all
 _PROBE, _POWERS = FORMATS["int3"], (0.0, 0.125, 0.25, 0.5)
+
+
+Biases = tuple[Floats, Floats]  # of gate and up, (d_expert,) each; that of down changes no error
+
+
+@dataclass(frozen=True)
+class _Units:
+    """An expert's gated units: their activation, and what they add to the products of gate and up."""
+
+    activation: str
+    biases: Biases | None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether units grow as the products of up do."""
+        return self.activation != "swiglu-oss" and self.biases is None
+
+    def some(self, units: Ids) -> _Units:
+        """Some of the units."""
+        if self.biases is None:
+            return self
+        return _Units(self.activation, (self.biases[0][units], self.biases[1][units]))
+
+    def hidden(self, gate: Floats, up: Floats, states: Floats) -> Floats:
+        """What gate and up make of the states, float32 (n_tokens, d_expert): what down multiplies."""
+        rows = states.astype(np.float32, copy=False)
+        return self.activate(rows @ gate.T, rows @ up.T)
+
+    def activate(self, gate: Floats, up: Floats) -> Floats:
+        """The gated units of quant.reference, rounded as NumPy does: many times as fast."""
+        if self.biases is not None:
+            gate, up = gate + self.biases[0], up + self.biases[1]
+        with np.errstate(over="ignore"):  # e**-x is infinite below -88, and its inverse 0
+            if self.activation == "silu":
+                return gate / (1 + np.exp(-gate)) * up
+            if self.activation == "gelu":
+                inner = gate * (1 + GELU_CUBE * np.square(gate)) * GELU_SCALE
+                return gate / (1 + np.exp(-inner)) * up
+            gate, up = np.minimum(gate, OSS_LIMIT), np.clip(up, -OSS_LIMIT, OSS_LIMIT)
+            return gate / (1 + np.exp(-OSS_ALPHA * gate)) * (up + 1)
 
 
 class ExpertQuantised(NamedTuple):
@@ -38,17 +79,19 @@ def quantise_expert(
     states: Floats,
     importance: Floats,
     activation: str = "silu",
+    biases: Biases | None = None,
 ) -> ExpertQuantised:
     """Quantise gate, up (d_expert, d_model) and down (d_model, d_expert) to the formats given in this order.
 
     None leaves a projection as it is. With gptq, down also makes good what it can of the errors of gate and up; with
     awq, down's columns are scaled and up's rows take the inverse: so the matrices belong together. states (n_tokens,
-    d_model): the expert's inputs; importance (n_tokens,): what its output is multiplied by; both may be empty. Raises
-    what `quantise` raises.
+    d_model): the expert's inputs; importance (n_tokens,): what its output is multiplied by; both may be empty. biases:
+    what gate and up add before the units. Raises what `quantise` raises.
     """
-    hidden = _hidden(gate, up, states, activation)
+    units = _Units(activation, biases)
+    hidden = units.hidden(gate, up, states)
     if quantiser == "awq" and formats[1] and formats[2]:
-        up, down, hidden = _balanced(up, down, hidden, importance, activation)
+        up, down, hidden = _balanced(up, down, hidden, importance, units)
     seen, weights = _inputs(states, importance), [gate, up, down]
     matrices: list[Matrix | None] = []
     for place, format in enumerate(formats):
@@ -56,7 +99,7 @@ def quantise_expert(
         if place == 2:
             inputs = _inputs(hidden, importance)
             if quantiser == "gptq" and inputs.is_enough and any(matrices):
-                made = _hidden(weights[0], weights[1], states, activation)
+                made = units.hidden(weights[0], weights[1], states)
                 inputs = _inputs(made, importance)
                 weights[2] = _compensating(down, hidden, made, importance, inputs)
         matrix = None if format is None else quantise(weights[place], format, quantiser, inputs).matrix
@@ -65,20 +108,20 @@ def quantise_expert(
     error = 0.0
     if len(states):
         rows = _spread(len(states))
-        output = _hidden(weights[0], weights[1], states[rows], activation) @ weights[2].T
+        output = units.hidden(weights[0], weights[1], states[rows]) @ weights[2].T
         error = _mean_error(hidden[rows] @ down.T - output, importance[rows])
     return ExpertQuantised(tuple(matrices), error)
 
 
 def _balanced(
-    up: Floats, down: Floats, hidden: Floats, importance: Floats, activation: str
+    up: Floats, down: Floats, hidden: Floats, importance: Floats, units: _Units
 ) -> tuple[Floats, Floats, Floats]:
     """up, down and what up makes, with down's columns scaled by a power of what they multiply (AWQ, arXiv 2306.00978).
 
     That power is taken which leaves least error at 3 bits; what gate and up multiply cannot be scaled for one expert.
     """
     inputs = _inputs(hidden, importance)
-    if activation == "swiglu-oss" or not inputs.is_enough:  # its up + 1 cannot be scaled
+    if not units.is_linear or not inputs.is_enough:
         return up, down, hidden
     size = np.sqrt(np.diagonal(inputs.shrunk))
     scales = [((size / np.exp(np.mean(np.log(size)))) ** power).astype(np.float32) for power in _POWERS]
@@ -113,6 +156,7 @@ def option_errors(
     states: Floats,
     importance: Floats,
     activation: str = "silu",
+    biases: Biases | None = None,
 ) -> Floats:
     """What each format costs each projection, float32 (3, n_formats), the other two projections left as they are.
 
@@ -124,12 +168,14 @@ def option_errors(
     errors = np.zeros((3, len(formats)), np.float64)
     if not len(states):
         return errors.astype(np.float32)
-    hidden = _hidden(gate, up, states, activation)
+    expert = _Units(activation, biases)
+    hidden = expert.hidden(gate, up, states)
     if quantiser == "awq":
-        up, down, hidden = _balanced(up, down, hidden, importance, activation)
+        up, down, hidden = _balanced(up, down, hidden, importance, expert)
     units, share = _sample_units(np.square(hidden * importance[:, None]).mean(axis=0) * np.square(down).sum(axis=0))
     outputs = _spread(len(down), _ERROR_OUTPUTS)
     sample = gate[units], up[units], down[outputs]
+    sampled = expert.some(units)
     through = (down[:, units] * np.sqrt(share)).T  # (n_units, d_model)
     folds = _folds(len(states))
     for fitted, kept in folds:
@@ -145,9 +191,9 @@ def option_errors(
                 if projection == 2:
                     difference = used @ (weights - found).T * np.sqrt(len(down) / len(outputs))
                 elif projection == 1:
-                    difference = (used[:, units] - _activate(gates, few @ found.T, activation)) @ through
+                    difference = (used[:, units] - sampled.activate(gates, few @ found.T)) @ through
                 else:
-                    difference = (used[:, units] - _activate(few @ found.T, ups, activation)) @ through
+                    difference = (used[:, units] - sampled.activate(few @ found.T, ups)) @ through
                 errors[projection, option] += _mean_error(difference, weight) * len(kept)
     return (errors / sum(len(kept) for _, kept in folds)).astype(np.float32)
 
@@ -180,24 +226,6 @@ def _folds(n_rows: int) -> list[tuple[Ids, Ids]]:
     is_second = rows * 8 // n_rows % 2 == 1
     halves = rows[~is_second], rows[is_second]
     return [(fitted, kept) for fitted, kept in (halves, halves[::-1]) if len(kept)]
-
-
-def _hidden(gate: Floats, up: Floats, states: Floats, activation: str) -> Floats:
-    """What gate and up make of the states, float32 (n_tokens, d_expert)."""
-    rows = states.astype(np.float32, copy=False)
-    return _activate(rows @ gate.T, rows @ up.T, activation)
-
-
-def _activate(gate: Floats, up: Floats, activation: str) -> Floats:
-    """The gated units of quant.reference, rounded as NumPy does: many times as fast."""
-    with np.errstate(over="ignore"):  # e**-x is infinite below -88, and its inverse 0
-        if activation == "silu":
-            return gate / (1 + np.exp(-gate)) * up
-        if activation == "gelu":
-            inner = gate * (1 + GELU_CUBE * np.square(gate)) * GELU_SCALE
-            return gate / (1 + np.exp(-inner)) * up
-        gate, up = np.minimum(gate, OSS_LIMIT), np.clip(up, -OSS_LIMIT, OSS_LIMIT)
-        return gate / (1 + np.exp(-OSS_ALPHA * gate)) * (up + 1)
 
 
 def _inputs(rows: Floats, importance: Floats) -> Inputs:

@@ -152,6 +152,18 @@ def test_quantisers_see_what_an_expert_takes(name: str, scaled: bool) -> None:
     assert job.importance.tolist() == ([1.0] * 3 if scaled else shares)
 
 
+def test_quantisers_know_the_biases_of_experts() -> None:
+    path = golden_path("gpt-oss-f32")
+    with GgufFile.open(path) as file:
+        weights = Weights(file, read_config(file.metadata, "m"))
+        jobs = list(jobs_of(weights, cast(Any, Rows()), iter([(1, e, ("int8",)) for e in (0, 2)]), "gptq"))
+        stored = [file.read(f"blk.1.ffn_{part}_exps.bias").view(np.float32) for part in ("gate", "up")]
+    for job, e in zip(jobs, (0, 2), strict=True):
+        assert job.activation == "swiglu-oss" and job.biases is not None
+        for found, bias in zip(job.biases, stored, strict=True):
+            assert np.array_equal(found, bias.reshape(-1, len(found))[e])
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "key", "value", "kind", "message"),

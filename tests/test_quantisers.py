@@ -9,7 +9,7 @@ import pytest
 
 from edgert.errors import OptionError
 from edgert.quant.formats import F16, FORMATS, Format
-from edgert.quant.quantise_expert import option_errors, quantise_expert
+from edgert.quant.quantise_expert import Biases, option_errors, quantise_expert
 from edgert.quant.quantisers import QUANTISERS, Inputs, quantise
 from edgert.quant.reference import activate
 from edgert.types import Floats
@@ -172,6 +172,55 @@ def test_an_expert_and_what_each_projection_costs(activation: str) -> None:
     difference = activate(x @ gate.T, x @ up.T, activation) @ down.T - activate(x @ g.T, x @ u.T, activation) @ d.T
     measured = np.sum(np.square(difference[chosen]), axis=1) @ np.square(importance[chosen]) / 512
     assert found.error == pytest.approx(measured, rel=1e-3)
+
+
+def biases_of(n: int) -> Biases:
+    """Of gate and up, as large as their products."""
+    random = np.random.default_rng(8)
+    return random.normal(1, 2, n).astype(np.float32), random.normal(-1, 2, n).astype(np.float32)
+
+
+@pytest.mark.parametrize("quantiser", ["gptq", "awq"])
+@pytest.mark.parametrize("activation", ["swiglu-oss", "silu"])
+def test_what_gate_and_up_add_is_in_the_error(quantiser: str, activation: str) -> None:
+    gate, up, down, x, importance = expert()
+    b, c = biases = biases_of(32)
+
+    def given(gate: Floats, up: Floats, down: Floats, x: Floats) -> Floats:
+        return activate(x @ gate.T + b, x @ up.T + c, activation) @ down.T  # down's own bias is in both
+
+    formats = [FORMATS[name] for name in ("int3", "int3", "int3")]
+    found = quantise_expert(gate, up, down, formats, quantiser, x, importance, activation, biases)
+    made = [matrix.to_float() for matrix in found.matrices if matrix]
+    chosen = np.arange(512) * 700 // 512
+    difference = (given(gate, up, down, x) - given(*made, x))[chosen]
+    measured = np.sum(np.square(difference), axis=1) @ np.square(importance[chosen]) / 512
+    assert found.error == pytest.approx(measured, rel=1e-3)
+
+    for place in range(3):  # of each projection alone, on rows that it was not fitted to
+        one: list[Format | None] = [None] * 3
+        one[place] = formats[place]
+        alone = quantise_expert(gate, up, down, one, quantiser, x, importance, activation, biases)
+        pairs = zip((gate, up, down), alone.matrices, strict=True)
+        changed = [matrix.to_float() if matrix else weights for weights, matrix in pairs]
+        fresh = rows(2700, 64)[700:]
+        error = np.square(given(gate, up, down, fresh) - given(*changed, fresh)).sum(axis=1).mean()
+        ones = np.ones(700, np.float32)
+        told = option_errors(gate, up, down, formats[:1], quantiser, x, ones, activation, biases)[place, 0]
+        assert 0.6 < told / error < 1.6, (place, told, error)
+
+
+def test_down_is_fitted_to_what_gate_and_up_really_make() -> None:
+    """With biases as large as the products, a fit that knows nothing of them serves other rows."""
+    gate, up, down, x, importance = expert()
+    formats, biases, fresh = [None, None, FORMATS["int2"]], biases_of(32), rows(2700, 64)[700:]
+    made = activate(fresh @ gate.T + biases[0], fresh @ up.T + biases[1], "swiglu-oss")
+    errors = []
+    for known in (biases, None):
+        found = quantise_expert(gate, up, down, formats, "gptq", x, importance, "swiglu-oss", known).matrices[2]
+        assert found is not None
+        errors.append(np.square(made @ (down - found.to_float()).T).mean())
+    assert errors[0] < 0.9 * errors[1], errors
 
 
 @pytest.mark.parametrize("quantiser", ["gptq", "awq"])
