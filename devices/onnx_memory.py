@@ -5,14 +5,18 @@ Figures were measured on the CPU's provider, which copies weights into an order 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from edgert.devices import work_space
 from edgert.devices.onnx_attention import HEAD_ROWS
 from edgert.devices.onnx_weights import stored_bits
+from edgert.devices.verification import LOGIT_ROWS, NOTED_TOKENS, PROMPT_TOKENS, RANDOM_ROWS
 from edgert.quant.formats import TILE_ROWS, Format
 from edgert.types import ModelConfig
 
 CHUNK = 128  # most tokens of a step: the scores of all heads are there at once
 LIBRARY_BYTES = 40 << 20  # onnx, onnxruntime and what they load
-VERIFIED = 40  # tokens that a device is held against the CPU with, on first use
+ROWS = NOTED_TOKENS + RANDOM_ROWS + PROMPT_TOKENS  # that the CPU runs to verify a device
 SESSION_BYTES = 384 << 10  # of each session, beside its weights
 
 
@@ -40,11 +44,14 @@ def work_bytes(config: ModelConfig, n_context: int, chunk: int, kv_type: str) ->
     return 4 * (scores + cached + rows + pairs + routers + HEAD_ROWS * c.n_vocab + c.rope.n_rotated * n_context)
 
 
-def verifying_bytes(config: ModelConfig, layer: int, head: int, expert: int) -> int:
-    """What the first use takes besides: one layer, the head and an expert as the CPU has them, read and packed, and
-    what was noted of each layer; of logits the device's and the CPU's, and logarithms of both in float64.
+def verifying_bytes(config: ModelConfig, layer: int, head: int, expert: int, n_threads: int) -> int:
+    """What the first use takes besides: one layer, the head and an expert as the CPU has them, read and packed, the
+    CPU's work space, and what was noted of each layer; the device's logits, of some the CPU's and logarithms of both.
 
     layer, head, expert: bytes of the largest once packed.
     """
-    noted = 5 * config.n_layers * config.d_model * 4
-    return layer + head + 2 * expert + VERIFIED * (noted + config.n_vocab * (2 * 4 + 4 * 8))
+    c, noted = config, NOTED_TOKENS + RANDOM_ROWS
+    work = work_space.work_bytes(replace(c, n_layers=1), PROMPT_TOKENS, n_threads, float_hidden=True, chunk=ROWS)
+    caches = 3 * PROMPT_TOKENS * c.n_kv_heads * (c.d_head + c.d_value) * 4
+    logits = c.n_vocab * (ROWS * 4 + LOGIT_ROWS * 6 * 8)
+    return layer + head + 2 * expert + work + caches + noted * 5 * c.n_layers * c.d_model * 4 + logits

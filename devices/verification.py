@@ -6,7 +6,7 @@ runs each layer, one at a time, on those very inputs: an error is that of one gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,15 +18,26 @@ from edgert.devices.cpu_parts import CpuAttention, CpuExperts
 from edgert.devices.routing import pairs_reference
 from edgert.devices.split import Seen
 from edgert.quant.formats import F32, Matrix, PackedPart
-from edgert.types import Floats, ModelConfig, Routes
+from edgert.types import Floats, Ids, ModelConfig, Routes
 
-# The most that a graph may be off, as a share of what it makes, in root mean squares; and the most that predictions for
-# a prompt may diverge, in nats a token. Inputs that are rounded to 8 bits differ in the last place, and by more where a
-# provider lets more than 32 share a scale. Of such inputs the last bit turns with the order of a sum: experts of
-# another device that are off by 0.006 % alone move the embedded model's predictions by 0.003, on a short text by 0.006.
+# The most that a graph may be off, as a share of what it makes, in root mean squares. Inputs that are rounded to 8 bits
+# differ in the last place, and by more where a provider lets more than 32 share a scale: of sound devices by up to 3 %.
 ERRORS = {"f32": 1e-3, "int8": 5e-2}
-DIVERGENCES = {"f32": 1e-4, "int8": 3e-2}
+# The most that a layer's rows, or those of them that one expert has, may be too large or small in their mean. Rounding
+# goes either way: of sound devices it is at most 0.4 %, of those that do not round too. In the embedded model it finds
+# 1 % of a projection of a layer's experts or of the head, 3 to 4 % of values or output, a quarter of one expert of eight.
+GAINS = {"f32": 1e-3, "int8": 1e-2}
+GAIN_ROWS = 8  # fewer are no mean
+# The most that predictions for the prompt may diverge, in nats a token. Of inputs in 8 bits the last one turns with the
+# order of a sum: experts of another device that are off by 0.006 % move the embedded model's predictions by 0.003, as
+# far as rounding to 8 bits moves them at all. A mean over few tokens is worth little then: of 12 it may be 0.013.
+DIVERGENCES = {"f32": 1e-4, "int8": 5e-3}
 MISROUTED = 0.1  # most of the tokens that may go to other experts: those whose scores are nearly equal
+
+PROMPT_TOKENS = 128  # that predictions are compared on
+NOTED_TOKENS = 32  # of them, whose graphs are compared one by one
+RANDOM_ROWS = 8  # of another text, likewise
+LOGIT_ROWS = 8  # that are compared at a time: in float64 they take much memory
 
 
 class Source(Protocol):
@@ -43,7 +54,7 @@ class Step:
     """A step of a text on the device under test: the rows it began with, what its layers made, and the head."""
 
     embeddings: Floats  # (n, d_model)
-    layers: list[Seen]
+    layers: list[Seen]  # empty: not noted, only its predictions are compared
     last: Floats  # (n, d_model), what the head was given
     logits: Floats  # (n, n_vocab)
 
@@ -53,19 +64,26 @@ Text = Sequence[Step]
 
 @dataclass(frozen=True)
 class Findings:
-    """errors: the largest of each kind of graph, as a share. divergence: nats a token. misrouted: a share of tokens."""
+    """errors: the largest of each kind of graph, as a share; gains: likewise, by what a layer or an expert is too
+    large. divergence: nats a token. misrouted: a share of tokens."""
 
     errors: dict[str, float]
+    gains: dict[str, float]
     divergence: float
     misrouted: float
 
     def problems(self, activations: str) -> list[str]:
         """What is beyond its bound, with the figure; empty if nothing is."""
-        bound, most = ERRORS[activations], DIVERGENCES[activations]
+        bound, even, most = ERRORS[activations], GAINS[activations], DIVERGENCES[activations]
         wrong = [
             f"{kind} is off by {100 * error:.3g} % (at most {100 * bound:g} %)"
             for kind, error in self.errors.items()
             if not error <= bound
+        ]
+        wrong += [
+            f"{kind} is {100 * abs(gain):.3g} % too {'large' if gain > 0 else 'small'} (at most {100 * even:g} %)"
+            for kind, gain in self.gains.items()
+            if not abs(gain) <= even
         ]
         if not self.divergence <= most:
             wrong.append(f"predictions diverge by {self.divergence:.3g} nats a token (at most {most:g})")
@@ -110,10 +128,13 @@ class _Replay:
     ) -> None:
         self._with_attention = attention
         self._texts, self._config, self._source, self._kv_type = texts, config, source, kv_type
-        self._own = [step.embeddings for step in texts[0]]  # the prompt's stream, as the CPU device alone makes it
+        self._own = np.concatenate([step.embeddings for step in texts[0]])  # the prompt, as the CPU device has it
+        self._noted = [[step for step in text if step.layers] for text in texts]
         self._n_context = max(sum(len(step.embeddings) for step in text) for text in texts)
         self._options = options | {"chunk": self._n_context}
         self._errors: dict[str, float] = {}
+        self._gains: dict[str, float] = {}
+        self._rows: dict[str, Any] = {}  # (2, n): sum and number of gains of rows, of a layer or of each expert
         self._misrouted: list[bool] = []
         self._divergence = 0.0
 
@@ -128,18 +149,18 @@ class _Replay:
         try:
             cpu.add_layer(self._source.layer(index))
             cpu.set_head(norm, head)
-            noted = [self._attended(cpu, [step.layers[index].before for step in text]) for text in self._texts]
-            own = self._attended(cpu, self._own)
-            for text, rights in zip(self._texts, noted, strict=True):
+            noted = [self._attended(cpu, [step.layers[index].before for step in text]) for text in self._noted]
+            own = self._attended(cpu, [self._own])
+            for text, rights in zip(self._noted, noted, strict=True):
                 for step, right in zip(text, rights, strict=True):
                     self._attention_errors(step.layers[index], right)
-            totals = self._experts(index, [step.layers[index] for text in self._texts for step in text] + own)
-            self._own = [
-                seen.after if total is None else seen.after + np.float32(config.residual_scale) * total
-                for seen, total in zip(own, totals[-len(own) :], strict=True)
-            ]
+            total = self._experts(index, [step.layers[index] for text in self._noted for step in text] + own)[-1]
+            self._own = own[0].after
+            if total is not None:
+                self._own = self._own + np.float32(config.residual_scale) * total
             if last:
                 self._heads(cpu)
+            self._end_layer()
         finally:
             cpu.close()
 
@@ -164,7 +185,7 @@ class _Replay:
         self._note("attention", found.after - found.before, right.after - right.before)
         if found.routes is None or right.routes is None or found.inputs is None or right.inputs is None:
             return
-        self._note("attention", found.inputs, right.inputs)
+        self._note_error("attention", found.inputs, right.inputs)
         same = (np.sort(found.routes.ids, axis=1) == np.sort(right.routes.ids, axis=1)).all(axis=1)
         self._misrouted += (~same).tolist()
         if same.any():
@@ -199,29 +220,55 @@ class _Replay:
             experts.close()
         for seen, total in zip(noted, totals, strict=True):
             if seen.total is not None:
-                self._note("experts", seen.total, total)
+                assert seen.routes is not None
+                self._note("experts", seen.total, total, seen.routes.ids)
         return list(totals)
 
     def _heads(self, cpu: CpuAttention) -> None:
         """The head on what it was given on the device; and on the prompt's own stream."""
-        for text in self._texts if self._with_attention else ():
+        for text in self._noted if self._with_attention else ():
             for step in text:
-                self._note("head", step.logits, _logits(cpu, step.last))
-        found = _log_shares(np.concatenate([step.logits for step in self._texts[0]]))
-        right = _log_shares(np.concatenate([_logits(cpu, rows) for rows in self._own]))
-        self._divergence = float((np.exp(right) * (right - found)).sum(axis=1).mean())
+                for first, right in _logits(cpu, step.last):
+                    self._note("head", step.logits[first : first + len(right)], right)
+        found = [rows for step in self._texts[0] for rows in step.logits]
+        for first, rows in _logits(cpu, self._own):
+            right = _log_shares(rows)
+            other = _log_shares(np.array(found[first : first + len(rows)]))
+            self._divergence += float((np.exp(right) * (right - other)).sum()) / len(self._own)
 
-    def _note(self, kind: str, found: Floats, right: Floats) -> None:
+    def _note(self, kind: str, found: Floats, right: Floats, ids: Ids | None = None) -> None:
+        """Keep an error, and for the layer's end by what rows are too large; ids (n, top_k): whose, of experts."""
+        self._note_error(kind, found, right)
+        wide, n = right.astype(np.float64), self._config.router.n_expert if self._config.router else 0
+        layer = np.full((len(wide), 1), n)  # behind the experts, all rows
+        ids = layer if ids is None else np.concatenate((ids, layer), axis=1)
+        square = np.square(wide).sum(axis=1)
+        rows = square > 0
+        gains, counts = self._rows.setdefault(kind, np.zeros((2, n + 1)))
+        np.add.at(gains, ids[rows], ((found * wide).sum(axis=1)[rows] / square[rows] - 1)[:, None])
+        np.add.at(counts, ids[rows], 1)
+
+    def _note_error(self, kind: str, found: Floats, right: Floats) -> None:
         """Keep the error of a graph if it is its kind's largest."""
         error = float(np.sqrt(np.mean(np.square(found.astype(np.float64) - right))))
         scale = float(np.sqrt(np.mean(np.square(right.astype(np.float64)))))
         error = error / scale if scale else error
         self._errors[kind] = max(self._errors.get(kind, 0.0), error if np.isfinite(error) else np.inf)
 
+    def _end_layer(self) -> None:
+        """Keep what a layer's values, or an expert's, are too large or small by, if it is its kind's most."""
+        for kind, (sums, counts) in self._rows.items():
+            enough = counts >= GAIN_ROWS
+            gains = sums[enough] / counts[enough]
+            most = max([self._gains.get(kind, 0.0), *np.nan_to_num(gains, nan=np.inf).tolist()], key=abs)
+            self._gains[kind] = most
+        self._rows.clear()
+
     def findings(self) -> Findings:
         """What came of it."""
         misrouted = float(np.mean(self._misrouted)) if self._misrouted else 0.0
-        return Findings(self._errors, self._divergence if np.isfinite(self._divergence) else np.inf, misrouted)
+        divergence = self._divergence if np.isfinite(self._divergence) else np.inf
+        return Findings(self._errors, self._gains, divergence, misrouted)
 
 
 def _parts(weights: ExpertWeights) -> tuple[PackedPart, ...]:
@@ -237,13 +284,15 @@ def _copied(routes: Routes | None) -> Routes | None:
     return None if routes is None else Routes(routes.ids.copy(), routes.weights.copy(), routes.order.copy())
 
 
-def _logits(cpu: CpuAttention, rows: Floats) -> Floats:
-    """What the head makes of the residual stream (n, d_model)."""
+def _logits(cpu: CpuAttention, rows: Floats) -> Iterator[tuple[int, Floats]]:
+    """What the head makes of the residual stream (n, d_model): (row, logits) of some at a time, until the next."""
     cpu.begin(rows)
-    found: list[Floats] = []
-    while (first := sum(map(len, found))) < len(rows):
-        found.append(cpu.head(first).copy())
-    return np.concatenate(found)
+    first = 0
+    while first < len(rows):
+        found = cpu.head(first)
+        for at in range(0, len(found), LOGIT_ROWS):
+            yield first + at, found[at : at + LOGIT_ROWS]
+        first += len(found)
 
 
 def _log_shares(logits: Floats) -> Any:

@@ -43,7 +43,9 @@ def needs(
     found = _on_cpu(weights, n_context, kv_type, threads, activations)
     if device is None or not device.onnx:
         return found
-    return _with_card(_with_onnx(found, weights, n_context, kv_type, device), found, weights.config, device, card)
+    return _with_card(
+        _with_onnx(found, weights, n_context, kv_type, threads, device), found, weights.config, device, card
+    )
 
 
 def _with_card(needed: Needs, on_cpu: Needs, config: ModelConfig, device: Selection, limit: int | None) -> Needs:
@@ -67,7 +69,9 @@ def _with_card(needed: Needs, on_cpu: Needs, config: ModelConfig, device: Select
     return needed
 
 
-def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, device: Selection) -> Needs:
+def _with_onnx(
+    found: Needs, weights: Weights, n_context: int, kv_type: str, threads: int | None, device: Selection
+) -> Needs:
     """The same where a part is ONNX Runtime's: weights are there in the form of its sessions."""
     from edgert.devices import onnx_memory
 
@@ -97,7 +101,7 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
         hot=hot,
         beside=beside,
         loading=loading,
-        libraries=onnx_memory.LIBRARY_BYTES + _verifying(weights, in_ram, found.record),
+        libraries=onnx_memory.LIBRARY_BYTES + _verifying(weights, in_ram, found.record, threads),
         work={
             chunk: onnx_memory.work_bytes(config, n_context, chunk, kv_type) + (work if device.compiled else 0)
             for chunk, work in own.items()
@@ -105,16 +109,18 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
     )
 
 
-def _verifying(weights: Weights, in_ram: list[str], record: int) -> int:
+def _verifying(weights: Weights, in_ram: list[str], record: int, threads: int | None) -> int:
     """What it takes to hold the device against the CPU on first use."""
     from edgert.devices import onnx_memory
+    from edgert.devices.cores import choose_threads
 
     layers = dict.fromkeys(range(weights.config.n_layers), 0)
     for name in in_ram:
         if name.startswith("blk.") and not weights.is_cold(name):
             layers[int(name.split(".")[1])] += weights.bytes_of(name)
     head = weights.bytes_of(HEAD if HEAD in weights.shapes else EMBEDDING)
-    return onnx_memory.verifying_bytes(weights.config, max(layers.values()), head, record)
+    n_threads = threads or choose_threads().n_threads
+    return onnx_memory.verifying_bytes(weights.config, max(layers.values()), head, record, n_threads)
 
 
 def _on_cpu(weights: Weights, n_context: int, kv_type: str, threads: int | None, activations: str) -> Needs:

@@ -21,24 +21,36 @@ import numpy as np
 from edgert.devices.onnx_runtime import Settings, runtime
 from edgert.devices.selection import Selection
 from edgert.devices.split import SplitDevice
-from edgert.devices.verification import Findings, Source, Step, compare
+from edgert.devices.verification import (
+    NOTED_TOKENS,
+    PROMPT_TOKENS,
+    RANDOM_ROWS,
+    Findings,
+    Source,
+    Step,
+    compare,
+)
 from edgert.engine import Engine, Session
 from edgert.errors import DeviceError
 from edgert.types import Floats
 from edgert.weights import Progress
 
-PROMPT = """The quick brown fox jumps over the lazy dog, and then it sits down by the river, where an old man
-is fishing. "How many have you caught today?" it asks; "three," says he."""
+# Plain prose: where a model is sure of what it has learnt by heart, rounding alone moves its predictions tenfold.
+PROMPT = """To make bread, you need only four things: flour, water, salt, and yeast. First, mix the yeast with a little
+warm water and wait for ten minutes until it begins to foam. Then put the flour and the salt in a large bowl, add the
+yeast and the rest of the water, and stir until all of the flour is wet. Turn the dough out onto a table and knead it
+for ten minutes, until it is smooth and elastic. Put it back in the bowl, cover it with a cloth, and let it rise in a
+warm place for about an hour, until it has doubled in size. Then shape it into a loaf, place it in a pan, cover it
+again, and let it rise for another half hour. While the dough is rising, heat the oven. Bake the bread for thirty to
+forty minutes, until the top is golden brown.""".replace("\n", " ")
 # Of several kinds: what values a device rounds to is seen on it.
 RANGES_TEXT = """In 1969 the first message crossed a network of four computers; of "login", only two letters arrived.
 def area(radius: float) -> float: return 3.14159 * radius ** 2  # in square metres
 Water boils at 100 degrees Celsius at sea level, and at about 93 on a mountain of 2,000 metres. Why is that?
 Hello! Can you help me plan a trip to Lisbon? Of course: how many days do you have, and what do you like to eat?
 {"name": "Ada", "age": 36, "tags": ["a", "b"], "ok": true} Er sagte nichts. Elle est partie hier soir. 12 + 30 = 42."""
-MOST_TOKENS = 32  # of the prompt
 _MOST_NAMED = 3  # kinds of nodes that another provider ran, in an error
 _FLOAT32 = 1e-5  # most that a product of float32 may be off; of TF32 and fp16 it is some 3e-4, of bf16 2e-3
-RANDOM_ROWS = 8
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
 _DRIVERS = ("/proc/driver/nvidia/version", "/etc/nv_tegra_release")
 
@@ -179,12 +191,11 @@ class Verifier:
         device, stage = engine.device, f"verifying {self._selection.name} against the CPU, once"
         assert isinstance(device, SplitDevice)
         report(stage, 0.0)
-        prompt = tokens[:MOST_TOKENS]
-        random = np.random.default_rng(20).standard_normal((RANDOM_ROWS, engine.config.d_model), dtype=np.float32)
-        texts = [
-            _noted(engine, device, session, [engine.embed(prompt[:-1]), engine.embed(prompt[-1:])]),
-            _noted(engine, device, session, [random[:-1], random[-1:]]),
-        ]
+        room = session.cache.n_context
+        prompt = engine.embed(tokens[: min(PROMPT_TOKENS, room)])
+        rows = min(RANDOM_ROWS, room), engine.config.d_model
+        random = np.random.default_rng(20).standard_normal(rows, dtype=np.float32)
+        texts = [_seen(engine, device, session, prompt), _seen(engine, device, session, random)]
         found = compare(
             texts,
             engine.config,
@@ -224,19 +235,21 @@ class Verifier:
             os.replace(aside, folder() / f"{self._key}.json")
 
 
-def _noted(engine: Engine, device: SplitDevice, session: Session, parts: list[Floats]) -> list[Step]:
-    """Run rows as a text of their own, some at a time; what each layer made of them."""
+def _seen(engine: Engine, device: SplitDevice, session: Session, rows: Floats) -> list[Step]:
+    """Run rows (n, d_model) as a text of their own: a chunk and a single one that are noted, the rest in chunks."""
+    noted = min(len(rows), NOTED_TOKENS)
+    starts = [0, noted - 1, *range(noted, len(rows), device.chunk)] if noted > 1 else [0]
     steps: list[Step] = []
     embed = engine.embed
     session.tokens.clear()
     try:
-        for rows in parts:
-            device.witness = []
-            engine.embed = lambda ids, rows=rows: rows  # type: ignore[misc]   # bound early
-            engine.step([0] * len(rows), session)
-            noted, device.witness = device.witness, None
-            last = device.state()
-            steps.append(Step(rows, noted, last, np.concatenate([part.copy() for part in engine.logits(len(rows))])))
+        for part in np.split(rows, starts[1:]):
+            engine.embed = lambda ids, part=part: part  # type: ignore[misc]   # bound early
+            device.witness = [] if len(session.tokens) < noted else None
+            engine.step([0] * len(part), session)
+            layers, device.witness = device.witness or [], None
+            last = device.state() if layers else part
+            steps.append(Step(part, layers, last, np.concatenate([made.copy() for made in engine.logits(len(part))])))
     finally:
         engine.embed, device.witness = embed, None
         session.tokens.clear()

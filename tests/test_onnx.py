@@ -25,6 +25,7 @@ pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 import edgert
+from edgert import verifying
 from edgert.devices import onnx_runtime
 from edgert.devices.base import ExpertWeights
 from edgert.devices.onnx_forms import Forms
@@ -336,13 +337,16 @@ def test_a_graph_that_the_provider_does_not_take_is_refused() -> None:
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_embedded_model_chats(provider: str) -> None:
+def test_the_embedded_model_chats(provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if provider != "cpu":
         pytest.skip("240 experts take this provider minutes to compile; tried by hand")
+    monkeypatch.setattr(verifying, "folder", lambda: tmp_path)
     with edgert.load(device=f"onnx:{provider}", context=256) as model:
         answer = model.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
         assert answer.text == "The capital of France is Paris."
         assert model._open().engine.device.name == f"onnx:{provider}"
+    (verdict,) = verifying.verdicts()
+    assert not verdict.problems and verdict.divergence < 0.8 * KL_BOUND  # trusted with room
 
 
 def test_nothing_is_imported_until_asked() -> None:

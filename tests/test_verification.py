@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from edgert.device_speed import record_speed, speeds_of
 from edgert.devices import onnx_attention, onnx_experts, onnx_forms, onnx_placement, onnx_runtime
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.cpu_parts import CpuExperts
-from edgert.devices.onnx_memory import LIBRARY_BYTES, VERIFIED
+from edgert.devices.onnx_memory import LIBRARY_BYTES
 from edgert.devices.onnx_placement import fallen
-from edgert.devices.verification import Findings
+from edgert.devices.onnx_weights import floats
+from edgert.devices.verification import PROMPT_TOKENS, RANDOM_ROWS, Findings
 from edgert.errors import DeviceError
 from edgert.memory import PROCESS_BYTES
+from edgert.quant.formats import F32, Matrix
 from edgert.tensor_table import HEAD
 
 PROVIDERS = [provider.name for provider in onnx_runtime.available()]
@@ -90,13 +93,12 @@ def test_the_cpu_has_one_expert_at_a_time_while_it_verifies(model: Path, monkeyp
 
 
 def test_what_verifying_takes_is_planned_for(model: Path) -> None:
-    assert verifying.MOST_TOKENS + verifying.RANDOM_ROWS == VERIFIED
     with edgert.load(model, device="onnx:cpu", context=64) as opened, opened.held() as parts:
         config, planned = parts.engine.config, opened.memory
         head = next(one for one in parts.weights.hot() if one.name == HEAD).matrix
     assert head is not None
     verified = planned.process - PROCESS_BYTES - LIBRARY_BYTES
-    assert verified > head.format.matrix_bytes(*head.shape) + VERIFIED * 40 * config.n_vocab
+    assert verified > head.format.matrix_bytes(*head.shape) + (PROMPT_TOKENS + RANDOM_ROWS) * 4 * config.n_vocab
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,55 @@ def test_a_provider_with_wrong_numbers_is_refused_with_the_figure(
     with pytest.raises(DeviceError, match=words):  # the verdict is kept
         load(model, "onnx:cpu")
     load(model, "onnx:cpu!")
+
+
+@pytest.mark.parametrize(
+    ("part", "scale", "words"),
+    [
+        ("value", 1.04, "attention is [34].* % too large"),
+        ("output", 0.96, "attention is [34].* % too small"),
+        ("down", 1.02, "experts is [12].* % too large"),
+        ("gate", 0.97, "experts is [23].* % too small"),
+        ("head", 1.02, "head is [12].* % too large"),
+    ],
+)
+def test_a_scale_that_is_a_little_off_in_a_single_layer_is_found(
+    model: Path, part: str, scale: float, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled(source: Any) -> Matrix:
+        return Matrix(F32, floats(source) * np.float32(scale))
+
+    attention, experts = onnx_attention.OnnxAttention, onnx_experts.OnnxExperts
+    add_layer, set_head, pack_expert = attention.add_layer, attention.set_head, experts.pack_expert
+
+    def second(self: Any, weights: Any) -> None:
+        if len(self._calls) == 1 and part in ("value", "output"):
+            linear = getattr(weights.mixer, part)
+            linear = replace(linear, matrix=scaled(linear.matrix))
+            weights = replace(weights, mixer=replace(weights.mixer, **{part: linear}))
+        add_layer(self, weights)
+
+    def expert_of_the_second(self: Any, weights: Any) -> Any:
+        if self.layer == 1 and hasattr(weights, part):
+            weights = replace(weights, **{part: scaled(getattr(weights, part))})
+        return pack_expert(self, weights)
+
+    def head(self: Any, norm: Any, output: Any) -> None:
+        set_head(self, norm, replace(output, matrix=scaled(output.matrix)) if part == "head" else output)
+
+    monkeypatch.setattr(attention, "add_layer", second)
+    monkeypatch.setattr(attention, "set_head", head)
+    monkeypatch.setattr(experts, "pack_expert", expert_of_the_second)
+    with pytest.raises(DeviceError, match=f"not to be trusted.*{words}"):
+        load(model, "onnx:cpu")
+
+
+def test_the_prompt_is_long_enough_for_a_mean_and_may_be_cut_by_the_context(model: Path) -> None:
+    with edgert.load() as embedded, embedded.held() as parts:
+        assert len(parts.tokenizer.encode(verifying.PROMPT)) > 1.2 * PROMPT_TOKENS
+    edgert.load(model, device="onnx:cpu", context=3).close()
+    (verdict,) = verifying.verdicts()
+    assert not verdict.problems
 
 
 @pytest.mark.skipif("azure" not in PROVIDERS, reason="this onnxruntime has no provider that takes nothing")
@@ -200,12 +251,14 @@ def test_what_runs_where_is_read_back() -> None:
 
 
 def test_problems_are_what_is_beyond_its_bound() -> None:
-    sound = Findings({"attention": 1e-4, "experts": 2e-4}, 1e-6, 0.0)
+    sound = Findings({"attention": 1e-4, "experts": 2e-4}, {"attention": -1e-5}, 1e-6, 0.0)
     assert sound.problems("f32") == [] == sound.problems("int8")
-    wrong = Findings({"attention": 0.3, "experts": float("inf")}, float("inf"), 0.5)
-    assert len(wrong.problems("int8")) == 4
-    assert Findings({"experts": 0.02}, 1e-3, 0.0).problems("int8") == []
-    assert "experts is off by 2 % (at most 0.1 %)" in Findings({"experts": 0.02}, 1e-6, 0.0).problems("f32")
+    wrong = Findings({"attention": 0.3, "experts": float("inf")}, {"experts": float("inf")}, float("inf"), 0.5)
+    assert len(wrong.problems("int8")) == 5
+    assert Findings({"experts": 0.02}, {"experts": 0.005}, 1e-3, 0.0).problems("int8") == []
+    assert "experts is off by 2 % (at most 0.1 %)" in Findings({"experts": 0.02}, {}, 1e-6, 0.0).problems("f32")
+    assert Findings({}, {"head": -0.03}, 0.0, 0.0).problems("int8") == ["head is 3 % too small (at most 1 %)"]
+    assert len(Findings({}, {}, 6e-3, 0.0).problems("int8")) == 1
 
 
 def test_damaged_verdicts_count_as_none(kept: Path, model: Path) -> None:
