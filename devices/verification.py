@@ -25,7 +25,7 @@ from edgert.types import Floats, Ids, ModelConfig, Routes
 ERRORS = {"f32": 1e-3, "int8": 5e-2}
 # The most that a layer's rows, or those of them that one expert has, may be too large or small in their mean. Rounding
 # goes either way: of sound devices it is at most 0.4 %, of those that do not round too. In the embedded model it finds
-# 1 % of a projection of a layer's experts or of the head, 3 to 4 % of values or output, a quarter of one expert of eight.
+# 1 % of one projection of a layer's experts or of the head, 3 to 4 % of values or output, a quarter of one expert's.
 GAINS = {"f32": 1e-3, "int8": 1e-2}
 GAIN_ROWS = 8  # fewer are no mean
 # The most that predictions for the prompt may diverge, in nats a token. Of inputs in 8 bits the last one turns with the

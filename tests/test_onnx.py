@@ -9,12 +9,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_moe
 from models import engine_of, golden, golden_names, golden_path, run
 from streaming_models import Host, answer
 from test_device import N_CONTEXT, Weights, config
@@ -223,7 +227,7 @@ def test_streamed_equals_resident(name: str, tmp_path: Path) -> None:
     engine.device.close()
     bundle = Bundle.open(pack(source, tmp_path / "m.edge", progress=lambda stage, fraction: None))
     with bundle, Host(bundle, device=made) as host:
-        for share, mode in ((0.0, "off"), (0.5, "always"), (1.0, "off")):
+        for share, mode in ((0.0, "off"), (0.25, "off"), (0.25, "always"), (0.5, "always"), (1.0, "off")):
             engine, session, experts = host.streamed(share=share, mode=mode)
             found, said = answer(engine, session, prompt, 20, 24)
             assert (found == expected).all() and said == tokens, (share, mode)
@@ -268,12 +272,62 @@ def test_experts_whose_weights_are_inputs_give_the_same(own: bool, monkeypatch: 
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_faster_form_is_chosen(provider: str) -> None:
+def test_the_faster_form_is_chosen_whatever_else_the_machine_does(
+    provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forms, "_seconds", None)  # the forms differ in their last bits: nothing is timed
     c = config(256, 512, (4, 2), 16, (4, 2), 0)
     parts = [random_matrix(FORMATS["int4"], *shape, seed=7) for shape in ((512, 256), (512, 256), (256, 512))]
     forms = Forms(c, onnx_runtime.settings_for(provider, 1, "int8"))
     forms.make(ExpertWeights(*parts))
     assert forms.own  # by far on the CPU's; the only one on OpenVINO's
+
+
+# ---- several models --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_two_models_in_one_process_answer_as_each_alone(
+    provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "folder", lambda: tmp_path / "verdicts")
+    sizes = replace(tiny_moe.SIZES, n_layer=3, d_expert=96)
+    paths = [tiny_moe.write(tmp_path / "a.gguf"), tiny_moe.write(tmp_path / "b.gguf", seed=6, sizes=sizes)]
+    paths[1] = pack(paths[1], tmp_path / "b.edge", progress=lambda stage, fraction: None)
+    options: list[dict[str, Any]] = [{}, {"residency": 0.5}]
+    prompts = [tiny_moe.text(9, seed) for seed in range(3)]
+
+    def load(i: int) -> edgert.Model:
+        return edgert.load(paths[i], device=f"onnx:{provider}", context=64, threads=2, **options[i])
+
+    def answer(model: edgert.Model, prompt: str) -> Any:
+        with model.held() as parts:
+            parts.session.tokens.clear()  # in chunks of other sizes the last bits are others
+        return model.generate(prompt, max_tokens=12, temperature=0, logprobs=3).logprobs
+
+    def answers(model: edgert.Model) -> list[Any]:
+        return [answer(model, prompt) for prompt in prompts]
+
+    alone = []
+    for i in range(2):
+        with load(i) as model:
+            alone.append(answers(model))
+    assert alone[0] != alone[1]
+    with load(0) as first, load(1) as second:
+        turns = [(answer(first, prompt), answer(second, prompt)) for prompt in prompts]
+        assert turns == list(zip(*alone, strict=True))
+        for model in (first, second):
+            answer(model, prompts[1])
+        both = [
+            model.generate(prompts[0], max_tokens=12, temperature=0, logprobs=3, stream=True)
+            for model in (first, second)
+        ]
+        for _ in zip_longest(*both):  # a piece of each in turn
+            pass
+        found = [[piece.token_id for piece in stream.completion.logprobs or ()] for stream in both]
+        assert found == [[piece.token_id for piece in answers[0]] for answers in alone]
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(5):
+                assert list(pool.map(answers, (first, second))) == alone
+        assert [answers(first), answers(second)] == alone
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
