@@ -12,7 +12,7 @@ import numpy as np
 
 from edgert.types import Floats, ModelConfig
 
-KEPT = 2  # states of earlier positions that are kept: where the last prompt began, and before its last token
+KEPT = 2  # states of earlier positions that are kept: where the last prompt began, and where what lasts of it ended
 
 
 class StatePlace(NamedTuple):

@@ -168,6 +168,20 @@ class ChatTemplate:
             ids.insert(0, bos)
         return ids
 
+    def lasting(self, prompt: Sequence[int], messages: Sequence[Message], **options: Any) -> int | None:
+        """With how many tokens of a prompt, which `encode` has made, the next turn will begin: those of the messages.
+
+        What asks for an answer behind them mostly differs from what is shown of that answer afterwards. None where the
+        template does not tell. Arguments as for `encode`.
+        """
+        try:
+            alone = self.encode(messages, add_generation_prompt=False, **options)
+        except TemplateError:
+            return None
+        pairs = zip(prompt, alone, strict=False)
+        n = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(alone)))
+        return n if 0 < n < len(prompt) else None
+
     def _named(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages with reasoning_content under the name that the template gives it."""
         if not self._calls_it_thinking:

@@ -114,16 +114,18 @@ class Engine:
             self.step(part, session)
             yield len(part)
 
-    def prompt(self, tokens: Sequence[int], session: Session) -> Iterator[int]:
+    def prompt(self, tokens: Sequence[int], session: Session, keep: int | None = None) -> Iterator[int]:
         """As prefill, of a text that others may come back to: a session's states are kept where it begins and ends.
 
-        What comes back with the same text needs the states before its last token, which is then a step of its own.
+        keep: the length of what others will begin with, counted from the session's first token; by default they come
+        back with the same text, and need the states before its last token. What lies behind is a step of its own.
         """
         session.cache.keep()
-        if session.cache.has_states and len(tokens) > 1:
-            yield from self.prefill(tokens[:-1], session)
+        n = len(tokens) - 1 if keep is None else keep - len(session.tokens)
+        if session.cache.has_states and 0 < n < len(tokens):
+            yield from self.prefill(tokens[:n], session)
             session.cache.keep()
-            tokens = tokens[-1:]
+            tokens = tokens[n:]
         yield from self.prefill(tokens, session)
 
     def last_logits(self, n_rows: int) -> Floats:

@@ -103,6 +103,7 @@ class _Request:
     sampler: Sampler
     n_logprobs: int | None
     usage: Usage
+    keep: int | None = None  # with how many of the ids the next turn will begin; None: not known
     splitter: Splitter | None = None  # of reasoning and answer
     cancelled: threading.Event = field(default_factory=threading.Event)
     stream: weakref.ref[Stream] | None = None  # where the caller reads it piece by piece
@@ -254,6 +255,8 @@ class Model:
         ids = self.template.encode(messages, tools=tools, **(variables or {}))
         request = self._request(ids, (sampling or self.defaults).changed(**options), logprobs)
         request.splitter = self.template.splitter(ids)
+        if self.config.mixers() != {"attention"}:  # elsewhere any position can be come back to
+            request.keep = self.template.lasting(ids, messages, tools=tools, **(variables or {}))
         answer = self._answer(request, max_tokens, stop)
         return _handed_out(answer, request) if stream else answer.finish()
 
@@ -305,7 +308,7 @@ class Model:
         before = engine.residency.counts
         usage.cached_tokens = session.trim(request.ids)
         n_rows = 0
-        for n in engine.prompt(request.ids[usage.cached_tokens :], session):
+        for n in engine.prompt(request.ids[usage.cached_tokens :], session, request.keep):
             n_rows = n
             if request.cancelled.is_set():
                 return

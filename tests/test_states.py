@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from models import engine_of, golden_path, run
 
+import edgert
 from edgert.architectures import read_config
+from edgert.chat_template import ChatTemplate
+from edgert.cli.conversation import Conversation
+from edgert.cli.session import Session as Chat
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.kv_cache import cache_bytes
 from edgert.devices.reference import ReferenceDevice
 from edgert.devices.states import KEPT, States, places, states_bytes
 from edgert.engine import Engine, Session
+from edgert.sampling import Sampling
 from edgert.storage.gguf_file import GgufFile
 from edgert.types import ModelConfig
 
 MODELS = ("lfm2moe-f32", "qwen3next-f32", "qwen35moe-gateup-f32")
+# As Qwen3.5's and ChatML: the prompt ends within the reasoning, behind one that is empty, or with the turn's name.
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opens }}{% endif %}"
+)
+ENDS = {"thinking": "<think>\n", "no thinking": "<think>\n\n</think>\n\n", "plain": ""}
 FIRST, ANSWER, SECOND = [5, 9, 2, 7, 1, 8, 30, 12, 4], [3, 3, 17], [40, 41, 6, 2, 19]
 
 
@@ -119,3 +132,73 @@ def test_the_cache_counts_states_and_only_layers_that_attend(name: str) -> None:
     found, n = places(config)
     assert [place is None for place in found] == [layer in attending for layer in range(config.n_layers)]
     assert states_bytes(config) == 4 * n * (KEPT + 1) and np.isfinite(run(engine, session, FIRST)).all()
+
+
+# ---- conversations -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["lfm2moe-f32", "qwen35moe-gateup-f32"])
+def models(request: pytest.FixtureRequest) -> Iterator[tuple[edgert.Model, edgert.Model]]:
+    """A model that talks, and one that begins anew for each answer."""
+    path = golden_path(request.param)
+    with edgert.load(path, context=1024, threads=1) as talks, edgert.load(path, context=1024, threads=1) as anew:
+        talks.template = anew.template = ChatTemplate(TURNS, talks.tokenizer)
+        yield talks, anew
+
+
+def asked(models: tuple[edgert.Model, edgert.Model], messages: list[dict[str, str]], opens: str) -> tuple[int, int]:
+    """Ask both, who must say the same: how many tokens of the prompt were in the cache, how many are the messages'."""
+    talks, anew = models
+    anew.logits([1])  # leaves nothing of what it has answered
+    options: dict[str, Any] = {"variables": {"opens": opens}, "max_tokens": 8, "temperature": 0, "logprobs": 3}
+    found, fresh = talks.chat(messages, **options), anew.chat(messages, **options)
+    assert fresh.usage.cached_tokens == 0
+    assert (found.token_ids, found.logprobs) == (fresh.token_ids, fresh.logprobs)
+    return found.usage.cached_tokens, len(talks.template.encode(messages, add_generation_prompt=False))
+
+
+@pytest.mark.parametrize("opens", ENDS.values(), ids=ENDS)
+def test_a_turn_reads_only_what_is_new(models: tuple[edgert.Model, edgert.Model], opens: str) -> None:
+    messages, before, earlier = [{"role": "system", "content": "Be brief. " * 8}], 0, 0
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"Question {turn}? " * 4})
+        cached, n_messages = asked(models, messages, opens)
+        assert before <= cached < before + 20 and n_messages > before + 50, turn
+        before, earlier = n_messages, before
+        messages.append({"role": "assistant", "content": f"Answer {turn}. " * 4})  # not the model's own words
+    del messages[-1]
+    assert asked(models, messages, opens)[0] >= before  # once more
+    messages[-1] = {"role": "user", "content": "Another question?"}
+    assert earlier <= asked(models, messages, opens)[0] < before  # the last one taken back
+    messages[1] = {"role": "user", "content": "Another beginning?"}
+    assert asked(models, messages, opens)[0] < 200
+    assert asked(models, messages[:2], opens)[0] < 200
+
+
+@pytest.mark.parametrize("opens", ENDS.values(), ids=ENDS)
+def test_a_chat_in_the_terminal_reads_only_what_is_new(
+    models: tuple[edgert.Model, edgert.Model], opens: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"variables": {"opens": opens}, "max_tokens": 8}
+    chat = Chat(models[0], Conversation(), Sampling(temperature=0), options)
+    for turn in range(3):
+        chat.take(f"Question {turn}? " * 4)
+    found = re.findall(r"prompt (\d+) new \+ (\d+) reused", capfd.readouterr().err)
+    new, reused = ([int(text) for text in column] for column in zip(*found, strict=True))
+    asks = len(models[0].tokenizer.encode(f"<|im_start|>assistant\n{opens}"))
+    assert len(new) == 3 and reused[0] == 0
+    assert all(reused[turn + 1] >= reused[turn] + new[turn] - asks for turn in range(2))
+
+
+def test_a_template_that_does_not_tell_where_messages_end(models: tuple[edgert.Model, edgert.Model]) -> None:
+    talks, _ = models
+    for source in (
+        "{{ messages[0].content }}",
+        "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}?",
+    ):
+        talks.template = models[1].template = ChatTemplate(source, talks.tokenizer)
+        messages = [{"role": "user", "content": "Hello there"}]
+        prompt = talks.template.encode(messages)
+        assert talks.template.lasting(prompt, messages) is None
+        answers = [talks.chat(messages, max_tokens=2, temperature=0) for _ in range(2)]
+        assert answers[0].text == answers[1].text and answers[1].usage.cached_tokens == len(prompt) - 1
