@@ -134,6 +134,31 @@ def test_scores_under_yarn_without_its_multiplier() -> None:
     assert np.isclose(plain.attention_scale, plain.rope.magnitude**2 * 24**-0.5)
 
 
+@pytest.mark.parametrize(
+    ("n_layers", "n_unused", "n_vocab", "gating"),
+    [
+        (47, 0, 154880, "sigmoid"),  # GLM-4.7-Flash
+        (48, 1, 154880, "sigmoid"),  # with the layer that predicts further
+        (48, 0, 154880, "sigmoid"),
+        (27, 0, 102400, "softmax"),  # DeepSeek-V2-Lite, in files older than the key
+        (60, 0, 102400, "softmax"),  # DeepSeek-V2
+        (48, 0, 128256, "softmax"),
+        (46, 0, 154880, "softmax"),
+    ],
+)
+def test_gating_of_deepseek_that_a_file_does_not_name(n_layers: int, n_unused: int, n_vocab: int, gating: str) -> None:
+    """As llama.cpp takes it."""
+    sizes = {"block_count": n_layers, "nextn_predict_layers": n_unused, "vocab_size": n_vocab}
+    keys = metadata("deepseek2-v3-f32") | {f"deepseek2.{key}": value for key, value in sizes.items()}
+    key = "deepseek2.expert_gating_func"
+    for unnamed in ({name: value for name, value in keys.items() if name != key}, keys | {key: 0}):
+        router = read_config(unnamed, "m").router
+        assert router is not None and router.gating == gating
+    for number, named in ((1, "softmax"), (2, "sigmoid")):
+        router = read_config(keys | {key: number}, "m").router
+        assert router is not None and router.gating == named
+
+
 class Rows:
     """States of an expert, see edgert.states."""
 
@@ -192,6 +217,8 @@ def test_quantisers_know_the_biases_of_experts() -> None:
         ("llama4-f32", "block_count", 1 << 20, ModelFileError, "block_count is 1048576, not at most 4096"),
         ("ernie4_5-moe-f32", "interleave_moe_layer_step", None, ModelFileError, "interleave_moe_layer_step is missing"),
         ("bailingmoe2-f32", "expert_gating_func", None, ModelFileError, "expert_gating_func is missing"),
+        ("dots1-f32", "expert_gating_func", None, ModelFileError, "the key dots1.expert_gating_func is missing"),
+        ("dots1-f32", "expert_gating_func", 0, ModelFileError, "expert_gating_func is 0, not a whole number from 1"),
     ],
 )
 def test_refusals_name_the_key_and_the_value(

@@ -1,4 +1,4 @@
-"""deepseek2: DeepSeek V2, V2-Lite, V3 and R1, and others of their design."""
+"""deepseek2: DeepSeek V2, V2-Lite, V3 and R1, and others of their design, such as GLM-4.7-Flash."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from edgert.architectures.keys import Keys
 from edgert.types import LatentConfig, ModelConfig
 
 OPTIONAL = frozenset({"exp_probs_b.bias"})
+# Files of GLM-4.7-Flash do not say that they route by sigmoid: llama.cpp knows them by layers and vocabulary.
+_GLM_FLASH = {(47, 154880), (48, 154880)}
 
 
 def config(keys: Keys) -> ModelConfig:
     """Latent attention, in the form that keeps latent vectors in the cache, whichever form the file has.
 
-    Scores grow with the factor of YaRN. Routing by softmax (V2) or by sigmoid with biases and groups (V3).
+    Scores grow with the factor of YaRN. Routing by softmax (V2, and where the file does not say) or by sigmoid with
+    biases and groups (V3).
     """
     common, width = keys.common(unused_layers=True), keys.integer("expert_feed_forward_length")
     rank, n_rotated = keys.integer("attention.kv_lora_rank"), keys.integer("rope.dimension_count")
@@ -27,11 +30,12 @@ def config(keys: Keys) -> ModelConfig:
     common["n_kv_heads"], common["d_head"], common["d_value"] = 1, rank + n_rotated, rank
     stated = keys.has("rope.scaling.yarn_log_multiplier")
     rope = keys.rope("norm", n_rotated, whole_head=True, yarn_magnitude=not stated)
+    gating = 2 if (common["n_layers"], common["n_vocab"]) in _GLM_FLASH else 1
     grown = 10.0 * keys.number("rope.scaling.yarn_log_multiplier", 0.1) if rope.scaling == "yarn" else 0.0
     return ModelConfig(
         **common,
         rope=rope,
-        router=keys.router(normalise=None, scaled=True, biased=True),
+        router=keys.router(normalise=None, gating=gating, scaled=True, biased=True),
         d_expert=width,
         d_shared=width * keys.integer("expert_shared_count", 0, least=0),
         d_dense=keys.integer("feed_forward_length"),

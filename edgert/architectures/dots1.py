@@ -11,6 +11,7 @@ OPTIONAL = frozenset({"exp_probs_b.bias"})
 def config(keys: Keys) -> ModelConfig:
     """q and k normed per head before the rotation; dense layers first; shared experts as one wide one, not gated."""
     common, width = keys.common(), keys.integer("expert_feed_forward_length")
+    keys.integer("expert_gating_func")  # required
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
