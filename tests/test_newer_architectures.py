@@ -132,6 +132,7 @@ def test_scores_under_yarn_without_its_multiplier() -> None:
     plain = read_config(keys, "m")
     assert np.isclose(plain.rope.magnitude, 1 + 0.1 * np.log(40.0))
     assert np.isclose(plain.attention_scale, plain.rope.magnitude**2 * 24**-0.5)
+    assert read_config(keys | {"deepseek2.rope.scaling.yarn_log_multiplier": 0.0}, "m") == plain
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ def config(keys: Keys) -> ModelConfig:
         if n % 16:
             raise keys.unsupported(key, n, "a multiple of 16")
     common["n_kv_heads"], common["d_head"], common["d_value"] = 1, rank + n_rotated, rank
-    stated = keys.has("rope.scaling.yarn_log_multiplier")
-    rope = keys.rope("norm", n_rotated, whole_head=True, yarn_magnitude=not stated)
+    multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)  # 0: none, as where the key is absent
+    rope = keys.rope("norm", n_rotated, whole_head=True, yarn_magnitude=multiplier == 0)
     gating = 2 if (common["n_layers"], common["n_vocab"]) in _GLM_FLASH else 1
-    grown = 10.0 * keys.number("rope.scaling.yarn_log_multiplier", 0.1) if rope.scaling == "yarn" else 0.0
+    grown = 10.0 * (multiplier or 0.1) if rope.scaling == "yarn" else 0.0
     return ModelConfig(
         **common,
         rope=rope,
