@@ -55,6 +55,8 @@ def deepseek_keys(config: JsonObject) -> dict[str, Any]:
         config.refuse("moe_layer_freq", "edgert runs this class with experts in every layer but the first (1)")
     if config.boolean("attention_bias", False):
         config.refuse("attention_bias", "edgert has latent attention without biases (false)")
+    if version_3 and not config.boolean("rope_interleave", True):
+        config.refuse("rope_interleave", "edgert runs this class with true, neighbours of a head turned together")
     keys = {
         "attention.key_length": config.integer("qk_nope_head_dim", least=1, most=_MAX_HEAD) + rotated,
         "attention.value_length": config.integer("v_head_dim", least=1, most=_MAX_HEAD),

@@ -171,6 +171,7 @@ REFUSED: list[tuple[str, Change, type[EdgertError], str]] = [
     (DEEPSEEK[0], rope(mscale=1.0), UnsupportedError, "mscale_all_dim is 0.707; edgert runs this class with that"),
     (DEEPSEEK[0], rope(mscale_all_dim=None), UnsupportedError, "mscale_all_dim is None"),
     (DEEPSEEK[0], rope(truncate=False), UnsupportedError, "truncate is False; edgert's YaRN has true"),
+    (DEEPSEEK[2], settings(rope_interleave=False), UnsupportedError, "rope_interleave is False; .* with true"),
     (DEEPSEEK[2], settings(topk_method="greedy"), UnsupportedError, "topk_method is 'greedy'; .* noaux_tc"),
     (DEEPSEEK[2], settings(scoring_func="softmax"), UnsupportedError, "scoring_func is 'softmax'; .* sigmoid"),
     (
