@@ -25,7 +25,7 @@ def model_tensors(c: ModelConfig) -> Shapes:
 def optional_model_tensors(c: ModelConfig) -> Shapes:
     """Those that may be there: a head of its own, and divisors of the rotation."""
     half = (c.rope.n_rotated // 2,)
-    divisors = (SHORT_DIVISORS, LONG_DIVISORS) if c.rope.scaling == "longrope" else (DIVISORS,)
+    divisors = (SHORT_DIVISORS, LONG_DIVISORS) if c.rope.two_ranges else (DIVISORS,)
     return {HEAD: (c.n_vocab, c.d_model), **dict.fromkeys(divisors, half)}
 
 

@@ -15,24 +15,6 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    kind: "norm" turns pairs (2i, 2i + 1), "neox" pairs (i, i + n/2). n_rotated: dimensions of a head that turn.
-    scaling: "none", "linear" (angle / factor), "yarn", or "longrope" (the file has divisors for contexts up to
-    original_context and beyond). magnitude multiplies cos and sin, whatever the scaling.
-    """
-
-    kind: Literal["norm", "neox"]
-    n_rotated: int
-    base: float = 10000.0
-    scaling: Literal["none", "linear", "yarn", "longrope"] = "none"
-    factor: float = 1.0
-    original_context: int = 0
-    magnitude: float = 1.0
-
-
 def _stated(config: Any) -> str:
     """A dataclass as text, without fields from `_later` on that are not used: what is kept under it stays found."""
     shown, later = [], False
@@ -41,6 +23,28 @@ def _stated(config: Any) -> str:
         if not later or value != one.default:
             shown.append(f"{one.name}={value!r}")
     return f"{type(config).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class RopeConfig:
+    """Rotary position embedding.
+
+    kind: "norm" turns pairs (2i, 2i + 1), "neox" pairs (i, i + n/2). n_rotated: dimensions of a head that turn.
+    scaling: "none", "linear" (angle / factor) or "yarn". magnitude multiplies cos and sin, whatever the scaling.
+    two_ranges: the file may have divisors for contexts up to original_context and others beyond, whatever the scaling.
+    """
+
+    kind: Literal["norm", "neox"]
+    n_rotated: int
+    base: float = 10000.0
+    scaling: Literal["none", "linear", "yarn"] = "none"
+    factor: float = 1.0
+    original_context: int = 0
+    magnitude: float = 1.0
+    two_ranges: bool = False
+
+    _later: ClassVar[str] = "two_ranges"
+    __repr__ = _stated
 
 
 @dataclass(frozen=True, repr=False)

@@ -305,7 +305,7 @@ class Weights:
         n_context: positions that there will be; beyond the model's original ones, others may apply.
         """
         rope = self.config.rope
-        if rope.scaling == "longrope":
+        if rope.two_ranges:
             return self._optional(LONG_DIVISORS if n_context > rope.original_context else SHORT_DIVISORS)
         return self._optional(DIVISORS)
 

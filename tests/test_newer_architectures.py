@@ -121,6 +121,19 @@ def test_divisors_for_short_and_for_long_contexts() -> None:
         assert np.array_equal(long, stored)
 
 
+def test_divisors_apply_whatever_the_scaling_is_called(tmp_path: Path) -> None:
+    """Files of Phi-3.5-MoE name none. A factor beside it divides too, as in llama.cpp."""
+    path, tokens = golden_path("phimoe-f32"), golden("phimoe-f32")[1]["tokens"].tolist()
+    unnamed = rewritten("phimoe-f32", tmp_path / "unnamed.gguf", rope__scaling__type=None)
+    for n_context in (64, 4160):  # up to the original context, and beyond
+        expected, found = (run(*engine_of(one, n_context=n_context), tokens) for one in (path, unnamed))
+        assert (expected == found).all()
+    keys = metadata("phimoe-f32") | {"phimoe.rope.scaling.factor": 4.0}
+    rope = read_config(keys, "m").rope
+    del keys["phimoe.rope.scaling.type"]
+    assert rope == read_config(keys, "m").rope and (rope.scaling, rope.factor) == ("linear", 4.0)
+
+
 def test_scores_under_yarn_without_its_multiplier() -> None:
     """Then cos, sin and scores all grow by 1 + 0.1 ln(factor); with it scores alone, by as much times it."""
     keys = metadata("deepseek2-lite-f32")

@@ -184,7 +184,8 @@ class Keys:
     ) -> RopeConfig:
         """Rotary embedding: dimensions (none unless it `rotates`; of the whole head if they must be), base, scaling.
 
-        longrope: whether that scaling is known here too. yarn_magnitude: whether YaRN makes cos and sin larger.
+        longrope: whether files may have divisors for two ranges of contexts, whether or not the type says so, as
+        llama.cpp's converter never does. yarn_magnitude: whether YaRN makes cos and sin larger.
         """
         n_rotated = self.integer("rope.dimension_count", d_head)
         if whole_head and n_rotated != d_head:
@@ -195,12 +196,15 @@ class Keys:
         if factor < 0:
             name = "rope.scaling.factor" if self.has("rope.scaling.factor") else "rope.scale_linear"
             raise self.wrong(name, factor, "a number above zero, or 0 for no scaling")
-        scaling = self.text("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")
+        unnamed = "linear" if factor not in (0.0, 1.0) else "none"
+        scaling = self.text("rope.scaling.type", unnamed)
         known = ("none", "linear", "yarn", "longrope") if longrope else ("none", "linear", "yarn")
         if scaling not in known:
             raise UnsupportedError(
                 f"{self._name('rope.scaling.type')} is {scaling!r:.60}; supported are {', '.join(known)}"
             )
+        if scaling == "longrope":  # of which the tensors are all there is
+            scaling = unnamed
         for name in ("yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor", "yarn_attn_factor"):
             self._read.add(f"{self.architecture}.rope.scaling.{name}")  # fixed at 32, 1, 1, 1 as in llama.cpp
         factor, magnitude = factor if factor > 0 else 1.0, self.number("rope.scaling.attn_factor", 1.0)
@@ -214,6 +218,7 @@ class Keys:
             factor=factor,
             original_context=self.integer("rope.scaling.original_context_length", self.integer("context_length")),
             magnitude=magnitude,
+            two_ranges=longrope,
         )
 
     def router(
