@@ -16,6 +16,7 @@ from typing import Literal
 
 from edgert.boards import Unit
 from edgert.tensor_table import EMBEDDING, HEAD, layer_tensors
+from edgert.traffic import positions
 from edgert.weights import Weights
 
 Kind = Literal["int8", "float"]  # what a part's operations are
@@ -105,10 +106,11 @@ def _layer_parts(weights: Weights, n: int, seen: int, numbers: Numbers) -> Itera
     for name, tensors in _matrices(weights).items():
         yield _linear(weights, name, tensors, n, numbers, len(tensors))
     attending = len(c.attending_layers)
-    scores = c.n_heads * n * (seen if numbers.nodes else seen - (n - 1) / 2)
+    one, together = (seen, seen) if numbers.nodes else positions(c, n, seen - n)
+    scores = c.n_heads * n * one
     moved = scores * number if numbers.nodes else 0.0
     for name, head, width in (("qk_matmul", c.d_head, c.d_head), ("sv_matmul", c.d_value, c.d_value)):
-        cached = seen * c.n_kv_heads * width * numbers.cached
+        cached = together * c.n_kv_heads * width * numbers.cached
         if c.latent and name == "sv_matmul":  # latent vectors are there once, and were read for the scores
             cached = 0.0
         yield Part(name, attending, 2 * scores * head, n * c.n_heads * width * number + cached + moved, "float")

@@ -1,16 +1,38 @@
 """What a step has to move and to compute: bytes that must be read and operations, from a model's sizes alone.
 
-A lower bound, whatever the kernels do: every weight that is used is read once a chunk, every cached position once.
-Knows the file's tensors and the sizes they are packed to; nothing of devices, threads or time.
+A lower bound, whatever the kernels do: every weight that is used is read once a chunk, and so is every cached position
+that one of its tokens attends to. Knows the file's tensors and the sizes they are packed to; nothing of devices,
+threads or time.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+
+import numpy as np
 
 from edgert.types import ModelConfig
 from edgert.weights import Weights
+
+
+def positions(c: ModelConfig, n_tokens: int, start: int) -> tuple[float, float]:
+    """Positions that one of the tokens start, start + 1, ... attends to, and that all of them together do.
+
+    Means over the layers that attend, and the first over the tokens too: some have a window, or see their own stretch.
+    """
+    at, one, together = np.arange(start, start + n_tokens), 0.0, 0.0
+    layers = [c.layer(index) for index in c.attending_layers]
+    for (window, span), count in Counter((layer.window, layer.span) for layer in layers).items():
+        first = np.zeros_like(at)
+        if window:
+            first = np.maximum(first, at + 1 - window)
+        if span:
+            first = np.maximum(first, at // span * span)
+        one += count * float((at + 1 - first).mean())
+        together += count * float(start + n_tokens - first[0])
+    return one / max(1, len(layers)), together / max(1, len(layers))
 
 
 @dataclass(frozen=True)
@@ -86,9 +108,9 @@ class ModelTraffic:
             (self.head, int(with_head), int(with_head)),
         ):
             used += Part(times * part.n_bytes, rows * part.integers, rows * part.floats)
-        seen = n_tokens * start + n_tokens * (n_tokens + 1) // 2  # positions that the tokens look at, together
-        attention = 2 * len(c.attending_layers) * c.n_heads * (c.d_head + c.d_value) * seen
-        cache = self.position * (start + n_tokens)
+        one, together = positions(c, n_tokens, start)
+        attention = 2 * len(c.attending_layers) * c.n_heads * (c.d_head + c.d_value) * n_tokens * one
+        cache = self.position * together
         return Traffic(
             used.n_bytes + n_tokens * self.embedding_row + cache, 2 * used.integers, 2 * used.floats + attention
         )

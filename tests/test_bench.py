@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from models import golden_path
 
 from edgert import bench, bench_runner, loading, model
@@ -17,7 +19,8 @@ from edgert.devices import roofline
 from edgert.devices.threads import ThreadPool
 from edgert.errors import OptionError
 from edgert.storage.gguf_file import GgufFile
-from edgert.traffic import ModelTraffic, Traffic
+from edgert.traffic import ModelTraffic, Traffic, positions
+from edgert.types import LayerConfig, ModelConfig, RopeConfig
 
 TESTS = bench.tests_of([20, 3], [4], [0, 7])
 KEYS = {
@@ -68,6 +71,28 @@ def parts_of(name: str, context: int = 64) -> loading.Parts:
 
 
 # ---- traffic ---------------------------------------------------------------------------------------------------------
+LIMITS = (LayerConfig(), LayerConfig(window=12), LayerConfig(span=16), LayerConfig(window=5, span=16))
+
+
+@given(st.lists(st.sampled_from(LIMITS), min_size=1, max_size=5), st.integers(1, 60), st.integers(0, 90))
+def test_layers_count_the_positions_that_their_tokens_attend_to(
+    layers: list[LayerConfig], n_tokens: int, start: int
+) -> None:
+    config = ModelConfig(
+        "llama", len(layers), 64, 2, 2, 32, 32, 100, 64, 1e-5, RopeConfig("norm", 32), None, layers=tuple(layers)
+    )
+    token, other = np.ogrid[start : start + n_tokens, : start + n_tokens]
+    attends = [
+        (other <= token)
+        & (token - other < (layer.window or 1000))
+        & (token // (layer.span or 1000) == other // (layer.span or 1000))
+        for layer in layers
+    ]
+    one, together = positions(config, n_tokens, start)
+    assert one == pytest.approx(np.sum(attends) / n_tokens / len(layers))
+    assert together == pytest.approx(np.any(attends, axis=1).sum() / len(layers))
+
+
 @pytest.mark.parametrize("name", ["olmoe-q4_0", "granitemoe-shared-f32", "llama-q8_0"])
 def test_a_step_that_uses_every_expert_moves_every_weight_once(name: str) -> None:
     parts = parts_of(name)

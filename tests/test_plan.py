@@ -173,6 +173,14 @@ def test_parts_of_a_token_add_up_to_its_traffic(name: str) -> None:
     )
 
 
+def test_a_window_is_planned_for() -> None:
+    """gpt-oss sees 128 positions in every other layer; a runtime of graphs computes all scores all the same."""
+    weights, n_seen = open_plan_model("gpt-oss-20b").weights, 32768
+    for numbers, seen in ((Numbers(activation=0.0), (128 + n_seen) / 2), (Numbers(0.0, nodes=True), n_seen)):
+        part = next(part for part in step_parts(weights, 1, n_seen, numbers) if part.name == "qk_matmul")
+        assert part.count == 24 and part.operations == 2 * 64 * 64 * seen and part.n_bytes == 2 * 8 * 64 * seen
+
+
 @given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 4096))
 def test_distinct_experts_lie_between_top_k_and_all(n_expert: int, top_k: int, n_tokens: int) -> None:
     top_k = min(top_k, n_expert)
