@@ -54,7 +54,7 @@ def read_folder_config(config: JsonObject) -> FolderConfig:
     if (own := _OWN_KEYS.get(family.architecture)) is not None:
         keys |= own(config)
     n_layers, n_unused = keys["block_count"], 0
-    if family.architecture == "deepseek2":
+    if family.has_unused_layers:
         n_unused = config.integer("num_nextn_predict_layers", 0, most=_MAX_LAYERS)
     if n_unused:  # which GGUF counts among the layers
         keys |= {"block_count": n_layers + n_unused, "nextn_predict_layers": n_unused}
@@ -125,13 +125,13 @@ def _refuse_unsupported(config: JsonObject, family: Family) -> None:
         config.refuse("decoder_sparse_step", "edgert runs this class with experts in every layer (1)")
     if config.array("mlp_only_layers"):
         config.refuse("mlp_only_layers", "edgert runs this class with experts in every layer ([])")
-    if family.architecture != "gpt-oss":  # which has windows
+    if family.window != "run":
         _refuse_window(config, family)
 
 
 def _refuse_window(config: JsonObject, family: Family) -> None:
     """Raise UnsupportedError for a sliding window that is narrower than the context."""
-    counts = config.boolean("use_sliding_window", family.window)
+    counts = config.boolean("use_sliding_window", family.window == "counts")
     kinds = config.array("layer_types")
     if any(kind != "full_attention" for kind in kinds) or (counts and not kinds):
         width, context = config.integer("sliding_window", 0), config.integer("max_position_embeddings", least=1)
@@ -170,12 +170,8 @@ def _expert_keys(config: JsonObject, family: Family) -> dict[str, Any]:
     if config.integer("num_experts", n_expert) != n_expert:
         config.wrong("num_experts", config.get("num_experts"), f"num_local_experts = {n_expert}")
     keys = {"expert_count": n_expert, "expert_used_count": config.integer("num_experts_per_tok", least=1)}
-    if family.architecture in ("qwen2moe", "qwen3moe"):
-        keys["expert_feed_forward_length"] = config.integer("moe_intermediate_size", least=1)
-    if family.architecture == "qwen2moe":
-        keys["expert_shared_feed_forward_length"] = config.integer("shared_expert_intermediate_size", least=1)
-    if family is FAMILIES["GraniteMoeSharedForCausalLM"]:
-        keys["expert_shared_feed_forward_length"] = config.integer("shared_intermediate_size", 1024)
+    for ours, theirs, default in family.widths:
+        keys[ours] = config.integer(theirs, default, least=1 if default is None else 0)
     return keys
 
 

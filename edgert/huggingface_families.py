@@ -6,7 +6,8 @@ Adding a class is a row; what its config.json may say is huggingface_config's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 _ATTENTION = {
     "input_layernorm.weight": ("attn_norm.weight",),
@@ -79,7 +80,10 @@ class Family:
     names: a layer's tensors; two names on the right are the first and second half of the rows (of each expert); {e} is
     an expert's number. interleaves: GGUF turns neighbouring rows of q and k where `transformers` turns halves of a
     head. eps, base: the class's defaults. normalises: what `norm_topk_prob` must be, None where there is no such key.
-    window: whether `sliding_window` counts without `use_sliding_window`. quantised: how its weights may be, besides
+    window: "asked": `sliding_window` counts with `use_sliding_window`, "counts": without too, "run": edgert has it.
+    widths: of experts, GGUF's key, the class's and its default, None where it must be there. biases: of attention that
+    all its models have. yarn: "scores": multiplies scores too, "unrounded": its ramp's ends need not be whole.
+    has_unused_layers: further ones, that predict tokens beyond the next. quantised: how its weights may be, besides
     floats. deals_experts: stacked, with gate and up in turns, see huggingface_oss.
     """
 
@@ -89,22 +93,48 @@ class Family:
     eps: float = 1e-6
     base: float = 10_000.0
     normalises: bool | None = None
-    window: bool = False
+    window: Literal["asked", "counts", "run"] = "asked"
     routed: bool = True
+    widths: tuple[tuple[str, str, int | None], ...] = ()
+    biases: tuple[str, ...] = ()
+    yarn: Literal["usual", "scores", "unrounded"] = "usual"
+    has_unused_layers: bool = False
     quantised: str = ""
     deals_experts: bool = False
 
 
+_WIDTH = ("expert_feed_forward_length", "moe_intermediate_size", None)
+_SHARED_WIDTH = "expert_shared_feed_forward_length"
+_QKV = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+_LLAMA = Family("llama", _ATTENTION | _DENSE, interleaves=True, routed=False)
+_GRANITE_MOE = Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True)
+_DEEPSEEK_2 = Family("deepseek2", _DEEPSEEK, yarn="scores", has_unused_layers=True)
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", _ATTENTION | _DENSE, interleaves=True, routed=False),
-    "MistralForCausalLM": Family("llama", _ATTENTION | _DENSE, interleaves=True, window=True, routed=False),
-    "MixtralForCausalLM": Family("llama", _ATTENTION | _MIXTRAL, interleaves=True, eps=1e-5, base=1e6, window=True),
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": replace(_LLAMA, window="counts"),
+    "MixtralForCausalLM": Family("llama", _ATTENTION | _MIXTRAL, interleaves=True, eps=1e-5, base=1e6, window="counts"),
     "OlmoeForCausalLM": Family("olmoe", _ATTENTION | _EXPERTS, eps=1e-5, normalises=False),
-    "Qwen2MoeForCausalLM": Family("qwen2moe", _ATTENTION | _EXPERTS | _SHARED, normalises=False),
-    "Qwen3MoeForCausalLM": Family("qwen3moe", _ATTENTION | _EXPERTS, normalises=True),
-    "GraniteMoeForCausalLM": Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True),
-    "GraniteMoeSharedForCausalLM": Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True),
-    "GptOssForCausalLM": Family("gpt-oss", _GPT_OSS, eps=1e-5, base=150_000.0, quantised="mxfp4", deals_experts=True),
-    "DeepseekV2ForCausalLM": Family("deepseek2", _DEEPSEEK),
-    "DeepseekV3ForCausalLM": Family("deepseek2", _DEEPSEEK),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2moe",
+        _ATTENTION | _EXPERTS | _SHARED,
+        normalises=False,
+        widths=(_WIDTH, (_SHARED_WIDTH, "shared_expert_intermediate_size", None)),
+        biases=_QKV,
+    ),
+    "Qwen3MoeForCausalLM": Family("qwen3moe", _ATTENTION | _EXPERTS, normalises=True, widths=(_WIDTH,)),
+    "GraniteMoeForCausalLM": _GRANITE_MOE,
+    "GraniteMoeSharedForCausalLM": replace(_GRANITE_MOE, widths=((_SHARED_WIDTH, "shared_intermediate_size", 1024),)),
+    "GptOssForCausalLM": Family(
+        "gpt-oss",
+        _GPT_OSS,
+        eps=1e-5,
+        base=150_000.0,
+        window="run",
+        biases=(*_QKV, "attn_output.bias"),
+        yarn="unrounded",
+        quantised="mxfp4",
+        deals_experts=True,
+    ),
+    "DeepseekV2ForCausalLM": _DEEPSEEK_2,
+    "DeepseekV3ForCausalLM": _DEEPSEEK_2,
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgert.huggingface_families import FAMILIES, Family
+from edgert.huggingface_families import Family
 from edgert.storage.json_file import JsonObject, short
 
 _MAX_HEAD = 1 << 16
@@ -103,7 +103,7 @@ def yarn_keys(config: JsonObject, rope: JsonObject, family: Family, factor: floa
         "rope.scaling.original_context_length": rope.integer("original_max_position_embeddings", context, least=1)
     }
     usual = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1 + 0.1 * math.log(factor)}
-    if family.architecture == "deepseek2":
+    if family.yarn == "scores":
         scale = rope.number("mscale_all_dim", 0.0)
         if not scale or rope.number("mscale", 1.0) != scale:  # else rotations would be multiplied too
             rope.refuse("mscale_all_dim", f"edgert runs this class with that of mscale, {short(rope.get('mscale'))}")
@@ -116,6 +116,6 @@ def yarn_keys(config: JsonObject, rope: JsonObject, family: Family, factor: floa
     for key, value in usual.items():
         if not math.isclose(rope.number(key, value), value, rel_tol=1e-6):
             rope.refuse(key, f"edgert's YaRN has {value:.7g}")
-    if not rope.boolean("truncate", True) and family is not FAMILIES["GptOssForCausalLM"]:
+    if not rope.boolean("truncate", True) and family.yarn != "unrounded":
         rope.refuse("truncate", "edgert's YaRN has true")
     return keys

@@ -18,7 +18,6 @@ from gguf import GGMLQuantizationType as Type
 from edgert.architectures import read_config
 from edgert.errors import ModelFileError, OptionError
 from edgert.huggingface_config import read_folder_config
-from edgert.huggingface_families import FAMILIES
 from edgert.preset_keys import KeyPreset
 from edgert.storage.gguf_header import TensorInfo
 from edgert.storage.json_file import JsonObject
@@ -72,9 +71,8 @@ def paper_model(config_json: JsonObject, quantisation: str, name: str, path: Pat
     folder = read_folder_config(config_json)
     metadata = {**folder.metadata, "general.name": name}
     config = read_config(metadata, str(path))
-    biases = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
-    found = biases if folder.family is FAMILIES["Qwen2MoeForCausalLM"] else ()
-    return PaperFile(path, metadata, _types(config, folder.tied, found, None, quantisation)), config
+    types = _types(config, folder.tied, folder.family.biases, None, quantisation)
+    return PaperFile(path, metadata, types), config
 
 
 def paper_preset(preset: KeyPreset, quantisation: str, path: Path) -> tuple[PaperFile, ModelConfig]:

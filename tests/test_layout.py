@@ -51,6 +51,20 @@ def test_imports_point_down(package: str, path: Path) -> None:
             assert below, f"{package} may not import {name}"
 
 
+def test_architectures_are_told_apart_in_their_own_files_alone() -> None:
+    """What differs between them is a field of their configuration, or of their row of a table."""
+    for _, path in FILES:
+        if path.parent.name == "architectures":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                parts = list(ast.walk(node))
+                named = any(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts)
+                architecture = any(isinstance(part, ast.Attribute) and part.attr == "architecture" for part in parts)
+                family = any(isinstance(part, ast.Name) and part.id == "FAMILIES" for part in parts)
+                assert not (named and (architecture or family)), f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize(("package", "folder"), PACKAGE_DIR.items())
 def test_a_folder_has_one_import_name(package: str, folder: str) -> None:
     assert importlib.import_module(package).__name__ == package
