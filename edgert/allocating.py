@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes
+from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes, kept_words
 from edgert.errors import OptionError
 from edgert.experts.allocation import Allocation, Numbers, allocate_few
 from edgert.experts.profile import Sensitivity
 from edgert.experts.speed_allocation import Options, Tier, allocate_for_speed
 from edgert.experts.trace import Trace
-from edgert.quant.formats import FORMATS, Format
+from edgert.quant.formats import F32, FORMATS, Format
 from edgert.storage.bundle_manifest import place_parts, record_size
 from edgert.tier import READ_S
 from edgert.types import Ids, ModelConfig
@@ -47,12 +47,15 @@ class Problem:
     """Sizes and expected losses of every option of a model.
 
     layers: those that have experts: in them every token was routed somewhere. sizes, losses, allowed: (n_items,
-    n_formats), items by layer of these, expert and projection.
+    n_formats), items by layer of these, expert and projection. Projections that no format fits are no items: they stay
+    as the source has them, in the format `kept`.
     """
 
-    def __init__(self, sensitivity: Sensitivity, config: ModelConfig, hot: Format | None = None) -> None:
+    def __init__(
+        self, sensitivity: Sensitivity, config: ModelConfig, hot: Format | None = None, kept: Format = F32
+    ) -> None:
         assert config.router is not None
-        self._sensitivity, self._hot = sensitivity, hot
+        self._sensitivity, self._hot, self.kept = sensitivity, hot, kept
         self._formats = tuple(FORMATS[name] for name in sensitivity.formats)
         self.shapes = expert_shapes(config)
         self.layers: Ids = np.flatnonzero(sensitivity.rows.any(axis=1))
@@ -62,18 +65,16 @@ class Problem:
             )
         n_expert, n_formats = sensitivity.rows.shape[1], len(self._formats)
         fits = np.array([[shape[1] % format.block == 0 for format in self._formats] for shape in self.shapes])
-        if not fits.any(axis=1).all():
-            raise OptionError(
-                f"rows of {config.d_model} and {config.d_expert} columns fit none of the formats, which take multiples "
-                "of 32; experts of this model stay as they are"
-            )
+        kept_words(config)
+        self.places: Ids = np.flatnonzero(fits.any(axis=1))
         sizes = np.array([[format.matrix_bytes(*shape) for format in self._formats] for shape in self.shapes])
-        self._shape = (len(self.layers), n_expert, len(PROJECTIONS), n_formats)
+        self._shape = (len(self.layers), n_expert, len(self.places), n_formats)
         routed = sensitivity.rows[self.layers] > 0  # (layers that have experts, n_expert)
         self.never_routed = [(int(self.layers[place]), expert) for place, expert in np.argwhere(~routed).tolist()]
-        self.allowed = self._items(fits & (routed[..., None, None] | (np.array(self._formats) == FORMATS[BASE])))
-        self.sizes: Ids = self._items(sizes.astype(np.int64))
-        losses = self._items(sensitivity.loss()[self.layers]).astype(np.float64)
+        known = routed[..., None, None] | (np.array(self._formats) == FORMATS[BASE])
+        self.allowed = self._items(fits[self.places] & known)
+        self.sizes: Ids = self._items(sizes[self.places].astype(np.int64))
+        losses = self._items(sensitivity.loss()[self.layers][:, :, self.places]).astype(np.float64)
         self.losses: Numbers = np.where(self.allowed, losses, 0.0)
 
     def _items(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -82,7 +83,7 @@ class Problem:
 
     @property
     def n_weights(self) -> int:
-        """Weights of all experts."""
+        """Weights of all experts that can be quantised."""
         return len(self.sizes) * self.shapes[0][0] * self.shapes[0][1]
 
     @property
@@ -110,7 +111,8 @@ class Problem:
         """The least expected time a token within an expected loss, with experts on flash; see speed_allocation."""
         ids, weights = trace.ids[self.layers], trace.weights[self.layers]
         routes = Trace.without_scores(trace.model, trace.record_bytes[self.layers], ids, weights)
-        sizes = self.sizes.reshape(self._shape)
+        sizes = self.sizes.reshape(self._shape).copy()
+        sizes[:, :, 0] += sum(self.kept.matrix_bytes(*self.shapes[place]) for place in self._others)  # read with it
         losses, allowed = self.losses.reshape(self._shape), self.allowed.reshape(self._shape)
         options = Options(sizes, losses, sizes.astype(np.float64) * READ_S, allowed, _MOST_FORMATS)
         found = allocate_for_speed(routes, options, tier, loss, progress)
@@ -119,20 +121,29 @@ class Problem:
     def within_records(self, n_bytes: int) -> Solution:
         """The least loss whose records, with their padding, take at most so many bytes."""
         least = self.smallest()
-        if record_bytes(self.shapes, least.bits) > n_bytes:
+        if self.record_bytes(least) > n_bytes:
             raise OptionError(
-                f"the experts need {record_bytes(self.shapes, least.bits):,} bytes at least, and {n_bytes:,} are left "
+                f"the experts need {self.record_bytes(least):,} bytes at least, and {n_bytes:,} are left "
                 "for them; give a larger --size"
             )
         low, high, best = least.n_bytes, min(n_bytes, self.most_bytes), least
         while high - low > 1 << 12:
             middle = (low + high) // 2
             found = self.within_bytes(middle)
-            if record_bytes(self.shapes, found.bits) <= n_bytes:
+            if self.record_bytes(found) <= n_bytes:
                 best, low = found, middle
             else:
                 high = middle
         return best
+
+    @property
+    def _others(self) -> list[int]:
+        """Projections that stay as the source has them."""
+        return [place for place in range(len(PROJECTIONS)) if place not in self.places]
+
+    def record_bytes(self, found: Solution) -> int:
+        """Bytes of all records of a solution, with what stays as the source has it."""
+        return record_bytes(self.shapes, found.bits, self.kept if self._others else None)
 
     def _solve(self, **limit: Any) -> Solution:
         return self.solution(
@@ -142,18 +153,23 @@ class Problem:
     def solution(self, found: Allocation) -> Solution:
         """An allocation of this problem's items as formats."""
         choice = np.full((*self._sensitivity.rows.shape, len(PROJECTIONS)), AS_SOURCE, np.int64)
-        choice[self.layers] = found.choice.reshape(self._shape[:3])
+        choice[np.ix_(self.layers, np.arange(self._shape[1]), self.places)] = found.choice.reshape(self._shape[:3])
         bits = Bits(self._formats, choice, self._hot, self._sensitivity.quantiser)
         return Solution(bits, found.n_bytes, found.loss, found.bound)
 
 
-def record_bytes(shapes: tuple[tuple[int, int], ...], bits: Bits) -> int:
-    """Bytes of all experts' records, each padded to whole pages; none where there are no experts."""
+def record_bytes(shapes: tuple[tuple[int, int], ...], bits: Bits, kept: Format | None = None) -> int:
+    """Bytes of all experts' records, each padded to whole pages; none where there are no experts.
+
+    kept: the format of projections that stay as the source has them, if any do of experts that are quantised.
+    """
     total, sizes = 0, dict[tuple[Format | None, ...], int]()
     for layer, expert in np.ndindex(*bits.choice.shape[:2]):
         formats = bits.of(layer, expert)
         if formats not in sizes:
-            pairs = [(shape, format) for shape, format in zip(shapes, formats, strict=True) if format is not None]
+            other = kept if any(formats) else None
+            named = [(shape, format or other) for shape, format in zip(shapes, formats, strict=True)]
+            pairs = [(shape, format) for shape, format in named if format is not None]
             sizes[formats] = record_size(place_parts(pairs)) if pairs else 0
         total += sizes[formats]
     return total

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from edgert.errors import OptionError
-from edgert.quant.formats import FORMATS, Format
+from edgert.quant.formats import FORMATS, GROUP, Format
 from edgert.quant.ggml import format_for
 from edgert.types import ModelConfig
 
@@ -43,6 +43,15 @@ class Bits:
     def uniform(cls, format: Format, n_layers: int, n_expert: int, **others: Any) -> Bits:
         """The same format for all experts."""
         return cls((format,), np.zeros((n_layers, n_expert, len(PROJECTIONS)), np.int64), **others)
+
+    def where_they_fit(self, config: ModelConfig) -> Bits:
+        """The same without formats for projections whose rows they cannot store: these stay as the source has them."""
+        choice = self.choice.copy()
+        for place, (_, n_in) in enumerate(expert_shapes(config)):
+            for number, format in enumerate(self.formats):
+                if n_in % format.block:
+                    choice[..., place][self.choice[..., place] == number] = AS_SOURCE
+        return replace(self, choice=choice)
 
     def of(self, layer: int, expert: int) -> tuple[Format | None, ...]:
         """Formats of gate, up and down; None: as the source has it."""
@@ -81,7 +90,44 @@ def fitting(formats: Sequence[Format], n_in: int) -> list[int]:
     return [place for place, format in enumerate(formats) if n_in % format.block == 0]
 
 
+def kept_projections(config: ModelConfig) -> list[int]:
+    """Projections, of PROJECTIONS, whose rows no format of integers can store."""
+    return [place for place, (_, n_in) in enumerate(expert_shapes(config)) if n_in % GROUP]
+
+
+def kept_words(config: ModelConfig) -> str:
+    """One line on projections that cannot be quantised, for the person; mostly empty. OptionError if none can be."""
+    kept = kept_projections(config)
+    if len(kept) == len(PROJECTIONS):
+        raise OptionError(
+            f"experts have rows of {config.d_model} and {config.d_expert} columns, and formats take multiples of "
+            f"{GROUP}: none of their tensors can be quantised; pack the model as it is, without --loss, --size and "
+            "--format"
+        )
+    if not kept:
+        return ""
+    names = " and ".join(f"ffn_{PROJECTIONS[place]}_exps" for place in kept)
+    n_in = expert_shapes(config)[kept[0]][1]
+    return (
+        f"{names}, whose rows have {n_in} columns, where formats take multiples of {GROUP}: left as in the source, the "
+        "rest is quantised"
+    )
+
+
 def expert_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """(n_out, n_in) of gate, up and down."""
     wide, narrow = (config.d_expert, config.d_model), (config.d_model, config.d_expert)
     return wide, wide, narrow
+
+
+def uniform(format: Format, config: ModelConfig, **others: Any) -> Bits:
+    """One format for all experts, and where rows are too short for it the nearest that fits."""
+    assert config.router is not None
+    names = [format, *(FORMATS[name] for name in (f"int{format.bits}", "int4"))]
+    widths = config.d_model, config.d_expert
+    kept_words(config)
+    fit = [[f for f in names if n_in % f.block == 0] for n_in in widths]
+    wide, narrow = (formats[0] if formats else format for formats in fit)
+    choice = np.zeros((config.n_layers, config.router.n_expert, len(PROJECTIONS)), np.int64)
+    choice[:, :, PROJECTIONS.index("down")] = int(narrow is not wide)
+    return Bits((wide, narrow), choice, **others).where_they_fit(config)

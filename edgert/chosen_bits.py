@@ -62,7 +62,7 @@ def same_goal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def lines(chosen: Mapping[str, Any]) -> Iterator[str]:
     """What a person should know of how bits were chosen, a line each; of a manifest's document."""
-    for key, name in (("instead", "formats"), ("optimum", "optimum"), ("flash", "flash")):
+    for key, name in (("kept", "not quantised"), ("instead", "formats"), ("optimum", "optimum"), ("flash", "flash")):
         if isinstance(value := chosen.get(key), str):
             yield f"{name}: {value}"
     unused = chosen.get("never_routed")

@@ -52,7 +52,9 @@ def try_alone(
     """
     shape, chunks = profile.record_bytes.shape, trial_chunks(profile, _CHUNKS)
     kept = bench.store("alone", profile, quantiser, BASE.name, LOW.name, str(_CHUNKS))
-    base, low = (low_bits(np.full(shape, lowered), quantiser, None) for lowered in (False, True))
+    base, low = (
+        low_bits(np.full(shape, lowered), quantiser, None).where_they_fit(weights.config) for lowered in (False, True)
+    )
     for bits in (base, low):
         make_tiles(bench, weights, states, bits, store)
     for layer in profile.layers:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from edgert import chosen_bits
-from edgert.allocating import Problem, Solution, record_bytes
+from edgert.allocating import Problem, Solution
 from edgert.architectures import read_config
-from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes, hot_format
+from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes, hot_format, kept_words, uniform
 from edgert.divergence import Rise, rise, token_losses
 from edgert.edgemoe import low_bits, try_alone
 from edgert.errors import OptionError
@@ -44,7 +44,7 @@ from edgert.pack_place import Place
 from edgert.pack_request import Request as Request
 from edgert.pack_request import profile_for as profile_for
 from edgert.proof import Proof, check, prove
-from edgert.quant.formats import FORMATS, Format
+from edgert.quant.formats import FORMATS
 from edgert.quantising import (
     Bench,
     candidates,
@@ -117,6 +117,8 @@ class _Run:
         self.inexact: dict[str, str] = {}
         self._config = read_config(file.metadata, str(file.path))
         self.skipped = skipped(self._config)
+        if kept := kept_words(self._config):
+            self._said["kept"] = kept
         self._check_size()
         self._tier = self._tier_for_speed()
 
@@ -141,7 +143,7 @@ class _Run:
         goal = self._goal
         if goal.bits_per_weight is None and goal.n_bytes is None:
             return
-        problem = Problem(self._unmeasured(), self._config, self._hot)
+        problem = self._problem_of(self._unmeasured())
         least = problem.smallest()
         if goal.bits_per_weight is not None:
             bits = math.ceil(800 * least.n_bytes / problem.n_weights) / 100
@@ -153,7 +155,7 @@ class _Run:
                 )
         else:
             assert goal.n_bytes is not None
-            rest, experts = self._beside(least.bits), record_bytes(problem.shapes, least.bits)
+            rest, experts = self._beside(least.bits), problem.record_bytes(least)
             if rest + experts > goal.n_bytes:
                 raise OptionError(
                     f"--size {goal.n_bytes:,}B is too small: the bundle takes {rest + experts:,} bytes at least, "
@@ -165,7 +167,7 @@ class _Run:
         memory, config = self._goal.memory, self._config
         if self._goal.objective != "speed" or memory is None:
             return None
-        smallest = Problem(self._measured() or self._unmeasured(), config, self._hot).smallest().bits
+        smallest = self._problem_of(self._measured() or self._unmeasured()).smallest().bits
         weights = Weights(self._file, config, source=RequantisedSource(self._file, smallest, _no_tiles))
         n_context = context_of(self._request.options.get("context"), config)
         tier, self._said["flash"] = tier_for(weights, memory, self._request.out.absolute().parent, n_context)
@@ -196,7 +198,13 @@ class _Run:
         if found is None:
             found = measure_sensitivity(self._bench, self._profile, self._goal.quantiser)
             self._profile = self._profile.with_sensitivity(found)  # the bundle's has it, then
-        return Problem(found, self._weights.config, self._hot)
+        return self._problem_of(found)
+
+    def _problem_of(self, sensitivity: Sensitivity) -> Problem:
+        """The problem with what is known of losses."""
+        weights = Weights(self._file, self._config)
+        format, *_ = weights.sizes_of(f"blk.{self._config.expert_layers[0]}.ffn_down_exps.weight")
+        return Problem(sensitivity, self._config, self._hot, format)
 
     def _uniform(self) -> Bits:
         """The one format for all."""
@@ -204,6 +212,8 @@ class _Run:
         asked = FORMATS[self._goal.format]
         bits = uniform(asked, self._weights.config, hot=self._hot, quantiser=self._goal.quantiser)
         wide, narrow = (format.name for format in bits.formats)
+        if "kept" in self._said:
+            narrow = asked.name  # it is not used
         if {wide, narrow} != {asked.name}:
             self._said["instead"] = (
                 f"gate and up are {wide}, down is {narrow}: {asked.name} takes rows of a multiple of {asked.block}"
@@ -294,11 +304,15 @@ class _Run:
         self._unknown("so kept at four bits")
 
         def measure(low: Mask) -> float:
-            risen = self._measure(place, low_bits(low, self._goal.quantiser, self._hot))
+            risen = self._measure(place, self._low(low))
             self._tell(f"{int(low.sum()):,} experts of two bits: {risen.increase:+.2%} +/- {risen.standard_error:.2%}")
             return risen.increase + risen.standard_error
 
-        return lambda bound, _: low_bits(choose_low(alone, measure, bound).low, self._goal.quantiser, self._hot)
+        return lambda bound, _: self._low(choose_low(alone, measure, bound).low)
+
+    def _low(self, low: Mask) -> Bits:
+        """Two bits for these experts, four for the others."""
+        return low_bits(low, self._goal.quantiser, self._hot).where_they_fit(self._config)
 
     def _tell(self, tried: str) -> None:
         if tried not in self._tried:
@@ -368,23 +382,6 @@ class _Run:
 
 def _no_tiles(place: tuple[int, int, int], first: int, n_bytes: int) -> Bytes:
     raise AssertionError(f"sizes are asked for, and so no tiles: {place}, {first}, {n_bytes}")
-
-
-def uniform(format: Format, config: ModelConfig, **others: Any) -> Bits:
-    """One format for all experts, and where rows are too short for it the nearest that fits."""
-    assert config.router is not None
-    names = [format, *(FORMATS[name] for name in (f"int{format.bits}", "int4"))]
-    widths = config.d_model, config.d_expert
-    fit = [[f for f in names if n_in % f.block == 0] for n_in in widths]
-    if not all(fit):
-        raise OptionError(
-            f"rows of {widths[0]} and {widths[1]} columns fit neither {format.name} nor int4, which takes multiples of "
-            "32; experts of this model stay as they are"
-        )
-    wide, narrow = (formats[0] for formats in fit)
-    choice = np.zeros((config.n_layers, config.router.n_expert, len(PROJECTIONS)), np.int64)
-    choice[:, :, PROJECTIONS.index("down")] = int(narrow is not wide)
-    return Bits((wide, narrow), choice, **others)
 
 
 def described(bits: Bits, config: ModelConfig) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgert.bits import PROJECTIONS, Bits, expert_shapes, fitting
+from edgert.bits import PROJECTIONS, Bits, expert_shapes, fitting, kept_words
 from edgert.expert_jobs import PROBE, errors_of, jobs_of, tiles_of
 from edgert.experts.profile import Profile, Sensitivity
 from edgert.jobs import run_jobs
 from edgert.pack_meter import Meter
-from edgert.quant.formats import FORMATS, Format
+from edgert.quant.formats import FORMATS, Format, MatrixSource
 from edgert.quant.quantisers import quantise
 from edgert.requantised import Bytes, MadeMatrix, Place, Read
 from edgert.states import States, collect_states
@@ -131,6 +131,8 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
     """
     with bench.model() as model:
         weights, layers = weights_of(model), profile.layers
+        if left := kept_words(weights.config):
+            bench.tell(left)
         names = candidates(weights)
         store = bench.store(f"sensitivity-{quantiser}", profile, quantiser, *names)
         states = bench.states(model, profile)
@@ -153,6 +155,7 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
                 store.put_array(f"errors-{layer}-{expert}", found)
                 meter.add(1, f"layer {layer}")
         errors, probe = errors[..., :-1], errors[..., -1]
+        probe = np.where(np.isfinite(probe), probe, 0)  # what it does not fit stays as it is
         total = (rows[..., None] / profile.n_tokens * probe).sum(axis=(1, 2))
         if model.memory.slots:  # trials exchange experts in RAM
             bench.progress("not all experts are in RAM: every layer is taken to be as sensitive as the others", 0.0)
@@ -172,7 +175,8 @@ def _gains(bench: Bench, model: Model, profile: Profile, store: TileStore, error
 
     chunks, weights = trial_chunks(profile, _TRIAL_CHUNKS), weights_of(model)
     base, probe = (
-        Bits.uniform(FORMATS[name], profile.n_layers, profile.n_expert, quantiser="rtn") for name in (_BASE, PROBE)
+        Bits.uniform(FORMATS[name], profile.n_layers, profile.n_expert, quantiser="rtn").where_they_fit(weights.config)
+        for name in (_BASE, PROBE)
     )
     kept = {layer: store.array(f"risen-{layer}") for layer in profile.layers}
     risen = {layer: float(found) for layer, found in kept.items() if found is not None}
@@ -274,11 +278,9 @@ def put_layer(trial: Trial, weights: Weights, bits: Bits, read: Read, layer: int
 
 def put_expert(trial: Trial, weights: Weights, bits: Bits, read: Read, layer: int, expert: int) -> None:
     """Put one expert of a trial into the formats that `bits` chooses."""
-    formats = bits.of(layer, expert)
-    assert None not in formats
-    gate, up, down = (
-        MadeMatrix(shape, format, partial(read, (layer, expert, place)))
-        for place, (shape, format) in enumerate(zip(expert_shapes(weights.config), formats, strict=True))
-        if format is not None
-    )
-    trial.swap(layer, expert, (gate, up, down))
+    own, shapes = weights.expert(layer, expert), expert_shapes(weights.config)
+    matrices: list[MatrixSource] = [own.gate, own.up, own.down]
+    for place, format in enumerate(bits.of(layer, expert)):
+        if format is not None:
+            matrices[place] = MadeMatrix(shapes[place], format, partial(read, (layer, expert, place)))
+    trial.swap(layer, expert, (matrices[0], matrices[1], matrices[2]))

@@ -51,6 +51,8 @@ def loss_curve(subject: Subject) -> Loss | None:
         problem = Problem(sensitivity, subject.config)
     except OptionError:  # no format fits, or nothing was routed
         return None
+    if len(problem.places) < len(problem.shapes):  # of what stays as the source has it nothing is known here
+        return None
     least, most = problem.smallest().n_bytes, problem.most_bytes
     limits = np.linspace(least, most, _POINTS).astype(np.int64).tolist()
     mixes = [_point("", problem, found.n_bytes, found.loss) for found in map(problem.within_bytes, limits)]

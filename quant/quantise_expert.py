@@ -121,7 +121,7 @@ def _balanced(
     That power is taken which leaves least error at 3 bits; what gate and up multiply cannot be scaled for one expert.
     """
     inputs = _inputs(hidden, importance)
-    if not units.is_linear or not inputs.is_enough:
+    if not units.is_linear or not inputs.is_enough or down.shape[1] % _PROBE.block:
         return up, down, hidden
     size = np.sqrt(np.diagonal(inputs.shrunk))
     scales = [((size / np.exp(np.mean(np.log(size)))) ** power).astype(np.float32) for power in _POWERS]
