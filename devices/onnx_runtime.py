@@ -5,9 +5,11 @@ The packages `onnx` and `onnxruntime` are imported when a device asks for them, 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +27,17 @@ Array = npt.NDArray[Any]
 class Provider:
     """An execution provider: ONNX Runtime's name for it, and where its memory is."""
 
-    name: str
+    name: str  # edgert's; of OpenVINO with ":" and a unit behind it, where that is not the CPU
     full_name: str
     memory: str = "cpu"  # ONNX Runtime's name of the memory that its inputs and outputs are bound in
     proven: bool = False  # whether edgert's own tests run on it
     form: str = ""  # of its graphs, one of FORMS
     inputs: str = "uint8"  # what graphs of the form "qdq" round the inputs of products to
+
+    @property
+    def unit(self) -> str:
+        """What OpenVINO calls its device_type."""
+        return self.name.partition(":")[2] or "CPU"
 
 
 # What stands behind a "+" in a device's name. static: all shapes are fixed, steps are padded to one token or the whole
@@ -52,10 +59,18 @@ PROVIDERS = {
 }
 
 
+UNITS = re.compile(r"(CPU|GPU|NPU)(\.\d+)?")  # of OpenVINO. AUTO and HETERO choose anew each time: no verdict holds
+_REMOTE = ("AzureExecutionProvider",)  # ask a service on the network: no devices
+
+
 def form_of(name: str) -> str:
     """The form of the graphs of "onnx:PROVIDER", with "+" and a form behind it or not; one of FORMS."""
     plain, plus, form = name.removeprefix("onnx:").partition("+")
-    return form if plus or plain not in PROVIDERS else PROVIDERS[plain].form
+    if plus:
+        return form
+    if plain.startswith("openvino:NPU"):
+        return "static"  # it has no shapes that change
+    return PROVIDERS[plain].form if plain in PROVIDERS else ""
 
 
 def runtime() -> Any:
@@ -71,12 +86,27 @@ def runtime() -> Any:
 
 
 def available() -> list[Provider]:
-    """The providers that this installation of ONNX Runtime reports, those that edgert knows first."""
-    reported = runtime().get_available_providers()
+    """The providers that this installation of ONNX Runtime reports, those that edgert knows first; no remote ones."""
+    reported = [name for name in runtime().get_available_providers() if name not in _REMOTE]
     known = [provider for provider in PROVIDERS.values() if provider.full_name in reported]
+    if PROVIDERS["openvino"] in known:
+        known += [_of_openvino(unit) for unit in _openvino_units() if unit != "CPU"]
     names = {provider.full_name for provider in known}
     others = (name for name in reported if name not in names)
     return known + [Provider(name.removesuffix("ExecutionProvider").lower(), name) for name in others]
+
+
+def _of_openvino(unit: str) -> Provider:
+    name = f"openvino:{unit}"
+    return replace(PROVIDERS["openvino"], name=name, proven=False, form=form_of(name))
+
+
+def _openvino_units() -> list[str]:
+    """What OpenVINO finds on this machine; some builds of ONNX Runtime do not tell."""
+    with contextlib.suppress(ImportError, AttributeError, RuntimeError):
+        found = importlib.import_module("onnxruntime.capi._pybind_state").get_available_openvino_device_ids()
+        return [str(unit) for unit in found if UNITS.fullmatch(str(unit))]
+    return []
 
 
 def provider_of(name: str) -> Provider:
@@ -86,6 +116,10 @@ def provider_of(name: str) -> Provider:
     """
     found = available()
     plain, plus, form = name.partition("+")
+    first, _, unit = plain.partition(":")
+    units = _openvino_units() if unit and PROVIDERS[first] in found else [""]
+    if unit not in units and (not units or unit in {known.partition(".")[0] for known in units}):
+        found.append(_of_openvino(unit))  # the first of its kind; or nobody knows which there are
     for provider in found:
         if provider.name == plain:
             return replace(provider, form=form) if plus else provider
@@ -108,8 +142,7 @@ class Settings:
     @property
     def name(self) -> str:
         """The device's name."""
-        own = PROVIDERS.get(self.provider.name, self.provider).form
-        form = self.provider.form
+        own, form = form_of(self.provider.name), self.provider.form
         return f"onnx:{self.provider.name}" + (f"+{form}" if form != own else "")
 
     @property
@@ -125,15 +158,13 @@ class Settings:
     def provider_options(self) -> dict[str, str]:
         """What the provider is told: OpenVINO may compute in bf16, CUDA in TF32, and OpenVINO rounds activations to
         8 bits, all unasked. Whether it heeds that is measured, see onnx_placement.product_error."""
-        if self.provider.name == "openvino":
-            cpu = {"INFERENCE_PRECISION_HINT": "f32"}
-            if self.exact:
-                cpu["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-            return {
-                "device_type": "CPU",
-                "num_of_threads": str(self.threads),
-                "load_config": json.dumps({"CPU": cpu}),
-            }
+        if self.provider.full_name == PROVIDERS["openvino"].full_name:
+            unit = self.provider.unit
+            hints = {} if unit.startswith("NPU") else {"INFERENCE_PRECISION_HINT": "f32"}  # an NPU has fp16 alone
+            if self.exact and hints:
+                hints["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+            told = {"device_type": unit, "load_config": json.dumps({unit: hints})}
+            return told | ({"num_of_threads": str(self.threads)} if unit == "CPU" else {})
         return {"use_tf32": "0"} if self.provider.name == "cuda" else {}
 
 

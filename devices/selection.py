@@ -1,8 +1,8 @@
 """From the text of `--device` to a device: one name for the whole model, or a name for each of its two parts.
 
-auto, cpu, reference, onnx:PROVIDER, a provider's bare name, or attention=NAME,experts=NAME; a provider's name may have
-+static or +qdq behind it, see onnx_runtime.FORMS. With a ! at the end the device is used though verification has found
-it wrong. A device's code is imported when it is made.
+auto, cpu, reference, onnx:PROVIDER, a provider's bare name, or attention=NAME,experts=NAME; OpenVINO's name may have a
+unit behind it, as in openvino:GPU.1, and each +static or +qdq, see onnx_runtime.FORMS. With a ! at the end the device
+is used though verification has found it wrong. A device's code is imported when it is made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgert.devices.base import CHUNK, Device
 from edgert.devices.onnx_quantised import Ranges
-from edgert.devices.onnx_runtime import FORMS, PROVIDERS, Settings, form_of, settings_for
+from edgert.devices.onnx_runtime import FORMS, PROVIDERS, UNITS, Settings, form_of, settings_for
 from edgert.devices.split import AttentionPart, ExpertPart, SplitDevice
 from edgert.errors import OptionError
 from edgert.quant import jit
@@ -195,9 +195,13 @@ def parse(text: str) -> Selection:
 def _name(text: str, whole: str) -> str:
     """One device by its full name."""
     name = ("cpu" if jit.JIT_ENABLED else "reference") if text == "auto" else text
-    plain, _, form = name.partition("+")
-    if plain in PROVIDERS and name != "cpu":
-        name, plain = f"onnx:{name}", f"onnx:{plain}"
+    plain, plus, form = name.partition("+")
+    provider, colon, unit = plain.removeprefix("onnx:").partition(":")
+    if colon:
+        provider = _with_unit(provider, unit.upper(), whole)
+    if provider.partition(":")[0] in PROVIDERS and name != "cpu":
+        plain = f"onnx:{provider}"
+        name = plain + plus + form
     if form not in FORMS:
         forms = ", ".join(f"+{known}" for known in FORMS if known)
         raise OptionError(f"device={whole!r}: +{form} is no form of graphs; use {forms}, or leave it away")
@@ -208,6 +212,16 @@ def _name(text: str, whole: str) -> str:
         f"device={whole!r} is not known here; use auto, cpu (with numba's JIT enabled), reference, {others}, or "
         "attention=NAME,experts=NAME"
     )
+
+
+def _with_unit(provider: str, unit: str, whole: str) -> str:
+    """A provider's name with its unit, without one that goes without saying."""
+    if provider != "openvino" or not UNITS.fullmatch(unit):
+        raise OptionError(
+            f"device={whole!r}: {provider}:{unit} is no provider with a unit; use openvino:CPU, openvino:GPU, "
+            "openvino:GPU.1 or openvino:NPU"
+        )
+    return provider if unit == "CPU" else f"{provider}:{unit}"
 
 
 def _whole(name: str) -> Any:

@@ -24,7 +24,7 @@ def device_findings() -> Iterator[Finding]:
     known = _newest()
     for provider in providers:
         name = f"onnx:{provider.name}"
-        own = [verdict for verdict in known if name in verdict.device]
+        own = [verdict for verdict in known if name in _parts(verdict.device)]
         if not own:
             proven = "" if provider.proven else ", and edgert's own tests have not run on it"
             yield Finding("devices", name, "unverified", f"it is held against the CPU on its first use{proven}")
@@ -40,6 +40,11 @@ def device_findings() -> Iterator[Finding]:
             yield Finding("devices", name, value, f"{what}: {verdict.line}", remedy)
     for speeds in all_speeds():
         yield Finding("devices", "auto", speeds.fastest, f"for {Path(speeds.path).name}; {speeds.reason}")
+
+
+def _parts(device: str) -> list[str]:
+    """The providers of a device's parts, without their forms."""
+    return [part.rpartition("=")[2].partition("+")[0] for part in device.split(",")]
 
 
 def _newest() -> list[Verdict]:

@@ -6,6 +6,7 @@ package onnxruntime-openvino is in the place of onnxruntime.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import weakref
@@ -371,6 +372,46 @@ def test_names_that_are_none_are_refused(name: str, words: str) -> None:
 def test_names_of_devices() -> None:
     assert parse("cuda") == parse("onnx:cuda") and parse("cuda").onnx
     assert not parse("cpu").onnx and parse("attention=cuda, experts=cpu").compiled
+
+
+def test_openvinos_units_have_names() -> None:
+    assert parse("openvino:gpu.1").name == "onnx:openvino:GPU.1" and parse("onnx:openvino:cpu") == parse("openvino")
+    assert parse("attention=openvino:NPU,experts=cpu").attention == "onnx:openvino:NPU"
+    assert parse("openvino:NPU+qdq").quantised and not parse("openvino:GPU").quantised
+    assert onnx_runtime.form_of("onnx:openvino:NPU") == "static" and onnx_runtime.form_of("openvino:GPU") == ""
+    for wrong in ("openvino:AUTO", "openvino:", "cuda:1", "onnx:qnn:GPU", "openvino:GPU.x"):
+        with pytest.raises(OptionError, match="no provider with a unit"):
+            parse(wrong)
+
+
+def test_openvino_is_told_its_unit() -> None:
+    gpu = onnx_runtime.Settings(onnx_runtime._of_openvino("GPU.1"), threads=2, exact=True)
+    assert gpu.name == "onnx:openvino:GPU.1" and not gpu.provider.proven and not gpu.static
+    told = gpu.provider_options()
+    assert told["device_type"] == "GPU.1" and "num_of_threads" not in told
+    assert json.loads(told["load_config"])["GPU.1"]["INFERENCE_PRECISION_HINT"] == "f32"
+    npu = onnx_runtime.Settings(onnx_runtime._of_openvino("NPU"))
+    assert npu.name == "onnx:openvino:NPU" and npu.static
+
+
+def test_a_unit_stands_for_its_first_and_is_tried_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnx_runtime.runtime(), "get_available_providers", lambda: reported)
+    for units in (["CPU", "GPU.0", "GPU.1"], []):
+        monkeypatch.setattr(onnx_runtime, "_openvino_units", lambda units=units: units)
+        assert onnx_runtime.provider_of("openvino:GPU").unit == "GPU"
+        assert onnx_runtime.provider_of("openvino:GPU.1+static").form == "static"
+    monkeypatch.setattr(onnx_runtime, "_openvino_units", lambda: ["CPU"])
+    with pytest.raises(DeviceError, match="is not there"):
+        onnx_runtime.provider_of("openvino:GPU")
+
+
+@pytest.mark.skipif("openvino" not in PROVIDERS, reason="onnxruntime-openvino is not installed")
+def test_a_unit_of_openvino_that_is_not_there_is_refused_with_those_that_are() -> None:
+    if "GPU" in onnx_runtime._openvino_units():
+        pytest.skip("this machine has one")
+    with pytest.raises(DeviceError, match=r"onnx:openvino:GPU is not there.*onnx:openvino"):
+        edgert.load(golden_path("olmoe-q4_0"), device="openvino:GPU")
 
 
 def test_a_provider_that_is_not_installed_is_refused_with_those_that_are() -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 import edgert
-from edgert import device_speed, doctor, verifying
+from edgert import device_speed, doctor, doctor_devices, verifying
 from edgert.device_speed import record_speed, speeds_of
 from edgert.devices import onnx_attention, onnx_experts, onnx_forms, onnx_placement, onnx_runtime
 from edgert.devices.cpu import CpuDevice
@@ -35,6 +35,7 @@ from edgert.tensor_table import HEAD
 PROVIDERS = [provider.name for provider in onnx_runtime.available()]
 PROVEN = [provider.name for provider in onnx_runtime.available() if provider.proven]
 CPUINFO = Path("/proc/cpuinfo")
+HAS_AZURE = "AzureExecutionProvider" in onnx_runtime.runtime().get_available_providers()
 HAS_BF16 = CPUINFO.exists() and any(name in CPUINFO.read_text() for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -183,8 +184,11 @@ def test_the_prompt_is_long_enough_for_a_mean_and_may_be_cut_by_the_context(mode
     assert not verdict.problems
 
 
-@pytest.mark.skipif("azure" not in PROVIDERS, reason="this onnxruntime has no provider that takes nothing")
-def test_a_provider_that_leaves_its_work_to_the_cpu_is_refused_by_name(model: Path) -> None:
+@pytest.mark.skipif(not HAS_AZURE, reason="this onnxruntime has no provider that takes nothing")
+def test_a_provider_that_leaves_its_work_to_the_cpu_is_refused_by_name(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_runtime, "_REMOTE", ())
     with pytest.raises(DeviceError, match=r"leaves nodes to another provider: \d+ of .*and \d+ other kinds") as told:
         load(model, "onnx:azure")
     (verdict,) = verifying.verdicts()
@@ -242,10 +246,11 @@ def test_openvino_is_seen_to_compute_in_bf16_if_told_to(monkeypatch: pytest.Monk
     assert onnx_placement.product_error(onnx_runtime.settings_for("openvino", 2, "int8")) > 1e-4
 
 
-def test_what_runs_where_is_read_back() -> None:
+def test_what_runs_where_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_runtime, "_REMOTE", ())
     graphs = _one_graph()
     assert not fallen(graphs, onnx_runtime.settings_for("cpu", 1, "f32"))
-    if "azure" in PROVIDERS:
+    if HAS_AZURE:
         settings = onnx_runtime.settings_for("azure", 1, "f32")
         assert fallen(graphs, settings) == {"Add on CPUExecutionProvider": 1}
 
@@ -349,6 +354,27 @@ def test_doctor_says_what_was_refused_and_what_nobody_has_tried(model: Path, mon
     monkeypatch.setattr(onnx_runtime.runtime(), "get_available_providers", lambda: ["X", "CPUExecutionProvider"])
     (tpu,) = (finding for finding in doctor.findings() if finding.name == "onnx:tpu")
     assert tpu.value == "unverified" and "tests have not run on it" in tpu.reason
+
+
+def test_a_service_on_the_network_is_no_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = ["AzureExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnx_runtime.runtime(), "get_available_providers", lambda: reported)
+    assert [provider.name for provider in onnx_runtime.available()] == ["cpu"]
+    assert not any("azure" in finding.name for finding in doctor.findings())
+    with pytest.raises(DeviceError, match="onnx:azure is not there"):
+        load(model, "onnx:azure")
+
+
+def test_doctor_tells_openvinos_units_apart(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnx_runtime.runtime(), "get_available_providers", lambda: reported)
+    monkeypatch.setattr(onnx_runtime, "_openvino_units", lambda: ["CPU", "GPU.1"])
+    verdict = verifying.Verdict("onnx:openvino", "r", "", "m", "p", "d", {}, 0.0, {}, 0.0, ())
+    monkeypatch.setattr(doctor_devices, "verdicts", lambda: iter([verdict]))
+    monkeypatch.setattr(doctor_devices, "is_present", lambda verdict: True)
+    found = {finding.name: finding for finding in doctor.findings() if finding.area == "devices"}
+    assert found["onnx:openvino"].value == "verified"
+    assert found["onnx:openvino:GPU.1"].value == "unverified" and "not run on it" in found["onnx:openvino:GPU.1"].reason
 
 
 def test_damaged_speeds_count_as_none(model: Path, kept: Path) -> None:
