@@ -122,7 +122,7 @@ def load_parts(
 ) -> Parts:
     """Everything that a Model needs, loaded; see edgert.load."""
     path = resolve(path_or_name)
-    selected = selection.parse(_fastest(path, kv_type, power) if device == "auto" else device)
+    selected = selection.parse(_fastest(path, kv_type, power, threads) if device == "auto" else device)
     selected.check(activations)
     card = card_bytes(gpu_memory, selected)
     streaming.check_options(policy, prefetch)
@@ -202,12 +202,12 @@ def load_parts(
         )
 
 
-def _fastest(path: Path, kv_type: str, power: str) -> str:
+def _fastest(path: Path, kv_type: str, power: str, threads: int | None) -> str:
     """The device that answered this model fastest, where that was measured, it is there, still trusted, and has such a
     cache; else "auto", as where threads are to be taken from the CPU."""
     from edgert.device_speed import OWN, speeds_of
 
-    speeds = speeds_of(path)
+    speeds = speeds_of(path, threads)
     if speeds is None or speeds.fastest == OWN or power != MODES[0]:
         return "auto"
     from edgert.devices.onnx_attention import CACHED

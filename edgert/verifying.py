@@ -32,6 +32,7 @@ from edgert.devices.verification import (
 )
 from edgert.engine import Engine, Session
 from edgert.errors import DeviceError
+from edgert.quant import jit
 from edgert.types import Floats
 from edgert.weights import Progress
 
@@ -145,6 +146,19 @@ def _code() -> str:
     return digest.hexdigest()[:16]
 
 
+def installed(device: str) -> list[str]:
+    """What a device's answers and speed hang on beside model and options: edgert's code, and ONNX Runtime if used.
+
+    DeviceError where a device needs ONNX Runtime and nothing is installed.
+    """
+    return [jit.source_stamp(), *((runtime_version(), _driver(), _code()) if "onnx:" in device else ())]
+
+
+def key_of(*facts: object) -> str:
+    """The name of a file that is kept by these facts, 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(map(str, facts)).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
 class Verifier:
     """Verifies one model on one device, or finds that this was done before."""
 
@@ -165,8 +179,7 @@ class Verifier:
             product_error=0.0,
             problems=(),
         )
-        facts = (selection.name, self._verdict.runtime, self._verdict.driver, model, *formats, kv_type, activations)
-        self._key = hashlib.sha256("\n".join((*facts, _code())).encode()).hexdigest()[:32]
+        self._key = key_of(selection.name, model, *formats, kv_type, activations, *installed(selection.name))
 
     def ensure(
         self, engine: Engine, session: Session, source: Source, tokens: list[int], threads: int | None, report: Progress

@@ -380,9 +380,29 @@ def test_doctor_tells_openvinos_units_apart(model: Path, monkeypatch: pytest.Mon
 def test_damaged_speeds_count_as_none(model: Path, kept: Path) -> None:
     record_speed(model, "cpu", 30.0)
     (path,) = (kept.parent / "speeds").glob("*.json")
-    for damage in ("", "[]", '{"path": "m", "devices": {}}', '{"path": "m", "devices": {"cpu": -1}}'):
+    slow = '{"model": ["m", 1, 2], "devices": {"cpu": {"tok_s": -1, "with": "x"}}}'
+    for damage in ("", "[]", '{"model": [], "devices": {}}', '{"model": [], "devices": {"cpu": -1}}', slow):
         path.write_text(damage)
         assert speeds_of(model) is None
     record_speed(model, "cpu", 20.0)
     found = speeds_of(model)
     assert found is not None and found.devices == {"cpu": 20.0}
+
+
+def test_a_speed_counts_for_what_it_was_measured_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_moe.write(tmp_path / "m.gguf")
+    record_speed(model, "cpu", 30.0, threads=1)
+    record_speed(model, "onnx:cpu", 50.0, threads=1)
+    one = speeds_of(model, 1)
+    assert one is not None and one.fastest == "onnx:cpu" and speeds_of(model, 2) is None
+    with monkeypatch.context() as other:
+        other.setattr(verifying, "runtime_version", lambda: "onnxruntime 1.17")
+        old = speeds_of(model, 1)
+        assert old is not None and old.devices == {"cpu": 30.0}  # the other's is of another version
+        other.setattr(verifying.jit, "source_stamp", lambda: "another edgert")
+        assert speeds_of(model, 1) is None and list(device_speed.all_speeds()) == []
+    assert speeds_of(model, 1) == one and list(device_speed.all_speeds()) == [one]
+    tiny_moe.write(model, seed=6)
+    assert speeds_of(model, 1) is None and list(device_speed.all_speeds()) == []  # another file at the same place
+    model.unlink()
+    assert speeds_of(model, 1) is None

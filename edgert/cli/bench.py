@@ -102,13 +102,13 @@ def bench(
             found = _run(opened, tests, repetitions, runtime.get("memory"))
             document = found.as_json()
             if not shares:
-                _note_speed(opened, found)
+                _note_speed(opened, found, runtime.get("threads"))
     if not json:
         bench_tables.show(document)
     output.write_json(document, in_one_line=True)
 
 
-def _note_speed(model: Model, report: Report) -> None:
+def _note_speed(model: Model, report: Report, threads: int | None) -> None:
     """Keep how fast the device answers with all experts in RAM, for `--device auto`."""
     from edgert.device_speed import record_speed
 
@@ -118,7 +118,7 @@ def _note_speed(model: Model, report: Report) -> None:
         device = parts.engine.device.name
     for result in report.results:
         if result.test.kind == "generate" and not result.test.depth:
-            record_speed(model.path, device, result.test.n_tokens / result.seconds)
+            record_speed(model.path, device, result.test.n_tokens / result.seconds, threads)
 
 
 def _curve(
