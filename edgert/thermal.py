@@ -103,14 +103,25 @@ def _now(root: Path) -> Iterator[str]:
 def _counts(root: Path) -> dict[str, int]:
     """Events since the start of the system."""
     found = dict[str, int]()
-    for path in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count"):
-        if value := sysfs.number(path):
-            found["thermal events of the processor"] = found.get("thermal events of the processor", 0) + value
+    if events := _processor_events(root):
+        found["thermal events of the processor"] = events
     for path in (root / "sys/class/hwmon").glob("hwmon*/oc[0-9]*_event_cnt"):  # soctherm_oc of Jetson Orin and Thor
         kind = "events of too low a voltage" if path.name.startswith("oc1_") else "over-current events"
         if value := sysfs.number(path):
             found[kind] = found.get(kind, 0) + value
     return found
+
+
+def _processor_events(root: Path) -> int:
+    """Thermal events of cores and of packages: each CPU tells those of the core and the package that it is in."""
+    units = dict[tuple[str, ...], int]()
+    for path in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count"):
+        cpu = path.parent.parent
+        place = [sysfs.text(cpu / "topology" / name) for name in ("physical_package_id", "die_id", "core_id")]
+        kind = path.name.partition("_")[0]
+        unit = (kind, *(place[:1] if kind == "package" else place if place[2] else [cpu.name]))
+        units[unit] = max(sysfs.number(path) or 0, units.get(unit, 0))
+    return sum(units.values())
 
 
 def throttled(before: Signs, after: Signs) -> tuple[str, ...]:

@@ -150,10 +150,23 @@ def test_throttling_of_a_pc_and_of_a_raspberry_pi(tmp_path: Path) -> None:
     before = thermal.signs(tmp_path)
     write(tmp_path / "sys/devices/system/cpu/cpu3/thermal_throttle", core_throttle_count=2, package_throttle_count=1)
     assert thermal.throttled(before, thermal.signs(tmp_path)) == ("3 thermal events of the processor",)
+    write(tmp_path / "sys/devices/system/cpu/cpu2/thermal_throttle", core_throttle_count=1, package_throttle_count=1)
+    assert thermal.throttled(before, thermal.signs(tmp_path)) == ("4 thermal events of the processor",)
     pi = tmp_path / "pi"
     write(pi / "sys/devices/platform/soc/soc:firmware", get_throttled="50005")
     write(pi / "sys/class/hwmon/hwmon2", name="rpi_volt", in0_lcrit_alarm=1)
     assert thermal.signs(pi).now == {"too low a voltage", "throttled"}
+
+
+def test_events_of_a_package_and_of_a_core_count_once_however_many_cpus_tell_them(tmp_path: Path) -> None:
+    packages, cores = (5, 7), ((1, 0), (0, 3))  # two packages of two cores of two CPUs each
+    for cpu in range(8):
+        package, core = cpu // 4, cpu // 2 % 2
+        folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}"
+        write(folder / "topology", physical_package_id=package, die_id=0, core_id=core)
+        counts = {"core_throttle_count": cores[package][core], "package_throttle_count": packages[package]}
+        write(folder / "thermal_throttle", **counts, core_throttle_total_time_ms=90)
+    assert thermal.signs(tmp_path).counts == {"thermal events of the processor": 5 + 7 + 1 + 3}
 
 
 def test_what_a_run_took_and_what_it_did_to_the_board(tmp_path: Path) -> None:
