@@ -213,6 +213,16 @@ def test_a_jump_host_s_key_is_not_taken_on_trust(deploy: Deploy, bundle: Path) -
     assert told.status == 2 and "it is no Jetson" in told.err
 
 
+def test_a_jump_host_called_none_is_no_jump_host(deploy: Deploy, bundle: Path) -> None:
+    config = deploy.server.client / ".ssh/config"
+    told = config.read_text()
+    config.write_text(f"{told}  ProxyJump none\nHost *\n  ProxyJump nowhere.invalid\n")
+    answer = deploy(bundle)
+    assert answer.status == 2 and "it is no Jetson" in answer.err
+    config.write_text(f"{told}  ProxyJump None\n")
+    assert "it is no Jetson" in deploy(bundle).err
+
+
 def test_nobody_there_is_said(deploy: Deploy, bundle: Path) -> None:
     deploy.server.connect_by(board_server.free_port())
     told = deploy(bundle, *USUAL)

@@ -274,6 +274,8 @@ def _connection(host: str) -> fabric.Connection:
     except Exception as problem:  # whatever fabric makes of a setting that it cannot read
         raise DeployError(f"{host}: what ~/.ssh/config says of it cannot be used: {_reason(problem)}") from problem
     for hop in _hops(connection):
+        if isinstance(hop.gateway, fabric.Connection) and hop.gateway.original_host.lower() == "none":
+            hop.gateway = None  # as ssh has it: no jump host, whatever another part of the file says
         if not _is_port(str(hop.port)):
             raise DeployError(
                 f"{host}: ~/.ssh/config gives {hop.original_host} port {hop.port}; the most is {_MOST_PORT}"
