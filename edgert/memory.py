@@ -129,6 +129,7 @@ class Budget:
     free: int  # what was available, with what the process holds for edgert
     strict: bool = False  # whether somebody measures the process by it, page cache included
     taken: int = 0  # by the process for other things, and so off the budget already
+    elsewhere: bool = False  # whether it is the memory of a machine that is not here
 
     def option(self, n_bytes: int) -> str:
         """The --memory that leaves so many bytes."""
@@ -362,6 +363,8 @@ def _below_the_floor(needs: Needs, lowest: MemoryPlan, floor: int, budget: Budge
         shorter = ""
     else:
         why, shorter = f"this model's floor of {mib(floor)} MiB ({lowest.parts(experts)})", " or a shorter --context"
+    if budget.elsewhere and budget.free < floor:
+        return MemoryLimitError(f"it leaves {mib(budget.free)} MiB, below {why}; plan for a smaller model{shorter}")
     if budget.stated is not None and budget.stated - budget.taken < floor:
         return MemoryLimitError(f"{budget.named} is below {why}; use --memory {budget.option(floor)}{shorter}")
     shorter = ", or use a smaller model" + shorter

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from edgert.boards import Board, Flash, Unit
+from edgert.boards import BOARDS, Board, Flash, Unit
 from edgert.errors import MemoryLimitError
 from edgert.memory import HEAD_ROOM_SHARE, Budget, MemoryPlan, Needs, plan_memory
 from edgert.plan_hits import Hits
@@ -291,16 +291,25 @@ def usable(board: Board) -> int:
     return int((board.ram_bytes - board.system_bytes) * (1 - HEAD_ROOM_SHARE))
 
 
+def _holding(floor: int) -> str:
+    """Names of the boards that edgert runs on and that have room for a model, the smallest first."""
+    runs = [board for board in BOARDS.values() if board.cpu is not None and not board.obstacle]
+    found = sorted((board for board in runs if usable(board) >= floor), key=lambda board: board.ram_bytes)
+    return ", ".join(board.name for board in found) or "none of those that are known"
+
+
 def make_plan(model: PlanModel, board: Board, request: Request, hits: Hits, budget: Budget | None = None) -> Plan:
     """The plan of a model on a board. budget: what --memory states, by default what the board leaves."""
     planner = Planner(model, board, request, hits)
     limit = usable(board)
-    budget = budget or Budget(limit, None, limit, strict=True)
+    budget = budget or Budget(limit, None, limit, strict=True, elsewhere=not board.measured)
     memory, refusal = None, ""
     try:
         memory = plan_memory(planner.needs, budget)
     except MemoryLimitError as error:
         refusal = str(error)
+        if budget.elsewhere and budget.free < planner.needs.floor().total:
+            refusal += f", or a board that holds it: {_holding(planner.needs.floor().total)}"
     speeds, flashes = tuple[Speed, ...](), board.flash
     if memory is not None:
         speeds = tuple(planner.speed(memory, flash) for flash in (flashes if memory.slots else flashes[:1]))

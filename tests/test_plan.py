@@ -338,6 +338,14 @@ def test_a_model_that_no_board_holds_is_told_for_several_and_refused_for_one() -
     assert "below this model's floor" in refused("mixtral-8x22b", "--board", "raspberry-pi-5", "--memory", "3GiB")
 
 
+@pytest.mark.parametrize("memory", [(), ("--memory", "3GiB")])
+def test_what_a_board_on_paper_cannot_hold_is_told_of_that_board(memory: tuple[str, ...]) -> None:
+    told = refused("mixtral-8x22b", "--board", "jetson-tx2", "--context", "65536", *memory)
+    assert "it leaves" in told and "smaller model or a shorter --context" in told and "close" not in told
+    assert "a board that holds it: " in told and "jetson-agx-orin" in told.partition("holds it: ")[2]
+    assert "jetson-tx2" not in told.partition("holds it: ")[2]
+
+
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

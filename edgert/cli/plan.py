@@ -198,7 +198,7 @@ def _budget(memory: str | None, board: Board) -> Budget | None:
             f"--memory {memory} is more than the {board.ram_bytes / 2**30:.0f} GiB of the {board.title}; "
             "use less, or another board"
         )
-    return Budget(n_bytes, n_bytes, n_bytes, strict=True)
+    return Budget(n_bytes, n_bytes, board.ram_bytes - board.system_bytes, strict=True, elsewhere=True)
 
 
 def parse_time(text: str) -> float:
