@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -43,6 +43,9 @@ from edgert.storage.tensor_file import TensorFile
 from edgert.tokenizer import Tokenizer
 from edgert.types import ModelConfig
 from edgert.weights import Progress, Weights
+
+if TYPE_CHECKING:
+    from edgert.verifying import Verifier
 
 EMBEDDED = "smollm2-moe"
 DEFAULT_CONTEXT = 4096
@@ -180,7 +183,7 @@ def load_parts(
             experts = AllResident(made, weights.load_into(made, progress))
         engine = Engine(config, made, experts, weights.embed)
         engine.pace = cooler.look if cooler is not None else None
-        if selected.onnx and jit.JIT_ENABLED:  # without compiled kernels there is nothing to hold it against
+        if _verifies(selected):
             _verify(selected, engine, session, weights, tokenizer, kv_type, activations, threads, progress)
         if trace is not None:
             streaming.record_routes(engine, weights, Path(trace), held)
@@ -256,12 +259,23 @@ def _verify(
     progress: Progress,
 ) -> None:
     """Hold a device that is not edgert's own against the CPU device, or find that this was done before."""
-    from edgert.verifying import PROMPT, Verifier
+    from edgert.verifying import PROMPT
+
+    verifier = _verifier(selected, weights, kv_type, activations)
+    verifier.ensure(engine, session, weights, tokenizer.encode(PROMPT), threads, progress)
+
+
+def _verifies(selected: Selection) -> bool:
+    """Whether a device is held against the CPU: without compiled kernels there is nothing to hold it against."""
+    return selected.onnx and jit.JIT_ENABLED
+
+
+def _verifier(selected: Selection, weights: Weights, kv_type: str, activations: str) -> Verifier:
+    from edgert.verifying import Verifier
 
     formats = [format.name for format in weights.formats()]
-    model = streaming.model_key(weights.file.metadata, engine.config)
-    verifier = Verifier(selected, model, formats, kv_type=kv_type, activations=activations)
-    verifier.ensure(engine, session, weights, tokenizer.encode(PROMPT), threads, progress)
+    model = streaming.model_key(weights.file.metadata, weights.config)
+    return Verifier(selected, model, formats, kv_type=kv_type, activations=activations)
 
 
 def open_model(path: Path) -> TensorFile | Bundle:
@@ -283,7 +297,9 @@ def _open(
     config = read_config(file.metadata, str(path))
     context, kv_type, threads, activations, selected, card = options
     weights = Weights(file, config, decode_to_f32=activations == "f32")
-    needed = needs(weights, context_of(context, config), kv_type, threads, activations, selected, card)
+    n_context = context_of(context, config)
+    verified = not _verifies(selected) or _verifier(selected, weights, kv_type, activations).kept() is not None
+    needed = needs(weights, n_context, kv_type, threads, activations, selected, card, verified)
     return file, weights, needed
 
 

@@ -34,18 +34,21 @@ def needs(
     activations: str = "int8",
     device: Selection | None = None,
     card: int | None = None,
+    verified: bool = False,
 ) -> Needs:
     """What loading and running will take of the machine's memory.
 
-    device: None for the CPU. card: bytes of a graphics card's own memory that may be taken; None: as many as it takes.
+    device: None for the CPU; verified: it was held against the CPU before. card: bytes of a graphics card's own memory
+    that may be taken; None: as many as it takes.
     OptionError for an unknown kv_type; MemoryLimitError: too few of the card's.
     """
     found = _on_cpu(weights, n_context, kv_type, threads, activations)
     if device is None or not device.onnx:
         return found
-    return _with_card(
-        _with_onnx(found, weights, n_context, kv_type, threads, device), found, weights.config, device, card
-    )
+    with_onnx = _with_onnx(found, weights, n_context, kv_type, device)
+    if not verified:
+        with_onnx = replace(with_onnx, libraries=with_onnx.libraries + _verifying(weights, found.record, threads))
+    return _with_card(with_onnx, found, weights.config, device, card)
 
 
 def _with_card(needed: Needs, on_cpu: Needs, config: ModelConfig, device: Selection, limit: int | None) -> Needs:
@@ -69,9 +72,7 @@ def _with_card(needed: Needs, on_cpu: Needs, config: ModelConfig, device: Select
     return needed
 
 
-def _with_onnx(
-    found: Needs, weights: Weights, n_context: int, kv_type: str, threads: int | None, device: Selection
-) -> Needs:
+def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, device: Selection) -> Needs:
     """The same where a part is ONNX Runtime's: weights are there in the form of its sessions."""
     from edgert.devices import onnx_memory
 
@@ -101,7 +102,7 @@ def _with_onnx(
         hot=hot,
         beside=beside,
         loading=loading,
-        libraries=onnx_memory.LIBRARY_BYTES + _verifying(weights, in_ram, found.record, threads),
+        libraries=onnx_memory.LIBRARY_BYTES,
         work={
             chunk: onnx_memory.work_bytes(config, n_context, chunk, kv_type) + (work if device.compiled else 0)
             for chunk, work in own.items()
@@ -109,14 +110,14 @@ def _with_onnx(
     )
 
 
-def _verifying(weights: Weights, in_ram: list[str], record: int, threads: int | None) -> int:
+def _verifying(weights: Weights, record: int, threads: int | None) -> int:
     """What it takes to hold the device against the CPU on first use."""
     from edgert.devices import onnx_memory
     from edgert.devices.cores import choose_threads
 
     layers = dict.fromkeys(range(weights.config.n_layers), 0)
-    for name in in_ram:
-        if name.startswith("blk.") and not weights.is_cold(name):
+    for name in weights.shapes:
+        if name.startswith("blk.") and not weights.is_cold(name) and not weights.is_on_file(name):
             layers[int(name.split(".")[1])] += weights.bytes_of(name)
     head = weights.bytes_of(HEAD if HEAD in weights.shapes else EMBEDDING)
     n_threads = threads or choose_threads().n_threads

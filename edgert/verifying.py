@@ -181,13 +181,17 @@ class Verifier:
         )
         self._key = key_of(selection.name, model, *formats, kv_type, activations, *installed(selection.name))
 
+    def kept(self) -> Verdict | None:
+        """The verdict that was found before, if it is kept."""
+        with contextlib.suppress(RuntimeError):
+            return _read(folder() / f"{self._key}.json")
+        return None
+
     def ensure(
         self, engine: Engine, session: Session, source: Source, tokens: list[int], threads: int | None, report: Progress
     ) -> Verdict:
         """The verdict, found now if it is not kept. DeviceError: the device is not to be trusted, and not forced."""
-        kept = None
-        with contextlib.suppress(RuntimeError):
-            kept = _read(folder() / f"{self._key}.json")
+        kept = self.kept()
         verdict = kept or self._verify(engine, session, source, tokens, threads, report)
         if kept is None:
             self._keep(verdict)

@@ -100,6 +100,8 @@ def test_what_verifying_takes_is_planned_for(model: Path) -> None:
     assert head is not None
     verified = planned.process - PROCESS_BYTES - LIBRARY_BYTES
     assert verified > head.format.matrix_bytes(*head.shape) + (PROMPT_TOKENS + RANDOM_ROWS) * 4 * config.n_vocab
+    with edgert.load(model, device="onnx:cpu", context=64) as again:
+        assert again.memory.process == planned.process - verified  # the verdict is kept: nothing is to be found out
 
 
 @pytest.mark.parametrize(
