@@ -117,7 +117,7 @@ def provider_of(name: str) -> Provider:
     found = available()
     plain, plus, form = name.partition("+")
     first, _, unit = plain.partition(":")
-    units = _openvino_units() if unit and PROVIDERS[first] in found else [""]
+    units = _openvino_units() if unit and PROVIDERS.get(first) in found else [unit]
     if unit not in units and (not units or unit in {known.partition(".")[0] for known in units}):
         found.append(_of_openvino(unit))  # the first of its kind; or nobody knows which there are
     for provider in found:
