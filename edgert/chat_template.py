@@ -22,6 +22,7 @@ from edgert.template_guard import ControlTextGuard
 from edgert.template_meter import METER, Meter, Protect, Refusal
 from edgert.template_sandbox import MAX_SOURCE, MeteredEnvironment
 from edgert.tokenizer import Tokenizer
+from edgert.tool_calls import PROBE_TOOL, CallForm, find_form, in_form
 
 Message = Mapping[str, Any]
 
@@ -86,16 +87,7 @@ class ChatTemplate:
     @cached_property
     def supports_tools(self) -> bool:
         """Whether descriptions of tools reach the prompt."""
-        function = {
-            "name": "edgert-probe",
-            "description": "A probe.",
-            "parameters": {
-                "type": "object",
-                "properties": {"text": {"type": "string", "description": "A text."}},
-                "required": [],
-            },
-        }
-        return self._shows("edgert-probe", [], tools=[{"type": "function", "function": function}])
+        return self._shows(PROBE_TOOL["function"]["name"], [], tools=[PROBE_TOOL])
 
     @cached_property
     def thinking_switches(self) -> frozenset[str]:
@@ -134,7 +126,8 @@ class ChatTemplate:
         """The prompt of a conversation as text.
 
         messages: {"role": ..., "content": ...} and whatever the template reads besides, as reasoning_content, of
-        which most templates show only that of the last turn. tools: JSON schemas of functions. variables: further
+        which most templates show only that of the last turn, and tool_calls, whose arguments may be a dictionary or, in
+        OpenAI's form, a text of JSON, beside a content of None. tools: JSON schemas of functions. variables: further
         ones that the template knows, as enable_thinking=False (see `thinking_switches`). Raises TemplateError
         if the template does not parse, refuses the messages, fails, or takes too much.
         """
@@ -183,11 +176,21 @@ class ChatTemplate:
         return n if 0 < n < len(prompt) else None
 
     def _named(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages with reasoning_content under the name that the template gives it."""
+        """The messages as the template takes them: calls of tools in its form, reasoning_content under its name."""
+        return [self._taken(message) if isinstance(message, Mapping) else message for message in messages]
+
+    def _taken(self, message: Message) -> Message:
+        message = in_form(message, lambda: self._call_form)
         if not self._calls_it_thinking:
-            return messages
-        alone = self._marks is not None and self._marks.has_channels
-        return [_as_thinking(message, alone) if isinstance(message, Mapping) else message for message in messages]
+            return message
+        return _as_thinking(message, alone=self._marks is not None and self._marks.has_channels)
+
+    @cached_property
+    def _call_form(self) -> CallForm:
+        def render(messages: Sequence[Message]) -> str:
+            return self._render(_Inputs({"messages": messages, "tools": [PROBE_TOOL], "variables": {}}), False)
+
+        return find_form(render)
 
     @cached_property
     def _calls_it_thinking(self) -> bool:
