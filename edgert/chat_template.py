@@ -8,6 +8,7 @@ its reasoning.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -22,7 +23,15 @@ from edgert.template_guard import ControlTextGuard
 from edgert.template_meter import METER, Meter, Protect, Refusal
 from edgert.template_sandbox import MAX_SOURCE, MeteredEnvironment
 from edgert.tokenizer import Tokenizer
-from edgert.tool_calls import PROBE_TOOL, CallForm, find_form, in_form
+from edgert.tool_calls import (
+    PROBE_TOOL,
+    CallForm,
+    find_form,
+    in_form,
+    is_named_as_mark,
+    probe_answer,
+    probe_call,
+)
 
 Message = Mapping[str, Any]
 
@@ -106,6 +115,26 @@ class ChatTemplate:
     @cached_property
     def _marks(self) -> Marks | None:
         return find_marks(self.source + (self._tool_source or ""))
+
+    @cached_property
+    def call_marks(self) -> frozenset[int]:
+        """Control tokens with which the model marks a call of a tool, for whoever is to read calls out of an answer.
+
+        Those that the template writes more often for a call than for an answer, and those that are named so. Never one
+        that ends an answer, belongs to any turn or marks reasoning.
+        """
+        tokenizer, reasoning = self._tokenizer, self._marks.texts if self._marks else ()
+        named = {tokenizer.special_id(text) for text in tokenizer.control_texts if is_named_as_mark(text)}
+        written = self._controls(probe_call(self._call_form), tools=[PROBE_TOOL], add_generation_prompt=False)
+        written -= self._controls(probe_answer(), tools=[PROBE_TOOL])  # instructions may write them too
+        others = {*self._controls(probe_answer()), *tokenizer.stop_ids, *map(tokenizer.special_id, reasoning)}
+        return frozenset(id_ for id_ in {*named, *written} - others if id_ is not None)
+
+    def _controls(self, messages: Sequence[Message], **options: Any) -> Counter[int]:
+        """How often which control token is in a prompt; none where the template fails."""
+        with suppress(TemplateError):
+            return Counter(filter(self._tokenizer.is_control, self.encode(messages, **options)))
+        return Counter()
 
     def splitter(self, prompt: Sequence[int]) -> Splitter:
         """Tells reasoning from answer in what the model says to a prompt that `encode` has made."""

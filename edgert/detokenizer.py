@@ -6,7 +6,7 @@ It knows bytes and the leading space of SentencePiece, not how a model makes tok
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 
@@ -25,11 +25,19 @@ class StreamingDetokenizer:
 
     Bytes that are no UTF-8 become U+FFFD, once it is certain that nothing can make them a character. after: ids
     that stand before; they complete a character or keep a leading space, but their own text is not given out again.
+    special: control tokens are shown; shown: these are in any case.
     """
 
-    def __init__(self, tokenizer: TokenText, *, special: bool = False, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenText,
+        *,
+        special: bool = False,
+        after: Sequence[int] = (),
+        shown: Collection[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._special = special
+        self._special, self._shown = special, shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True
         for token_id in after:
@@ -40,7 +48,7 @@ class StreamingDetokenizer:
 
         Raises TokenizerError for an id outside the vocabulary.
         """
-        added = self._tokenizer.visible_bytes(token_id, special=self._special)
+        added = self._tokenizer.visible_bytes(token_id, special=self._special or token_id in self._shown)
         if self._at_start and added:
             self._at_start = False
             if self._tokenizer.drops_space(token_id):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +105,7 @@ class _Request:
     usage: Usage
     keep: int | None = None  # with how many of the ids the next turn will begin; None: not known
     splitter: Splitter | None = None  # of reasoning and answer
+    shown: Collection[int] = ()  # control tokens whose text comes through
     cancelled: threading.Event = field(default_factory=threading.Event)
     stream: weakref.ref[Stream] | None = None  # where the caller reads it piece by piece
 
@@ -249,12 +250,15 @@ class Model:
 
         variables: what the template knows besides, as {"enable_thinking": False}. Reasoning that it marks is kept
         apart: in pieces of kind "reasoning", in the answer's `reasoning`; messages may hold it as "reasoning_content",
-        which templates mostly drop. Sampling defaults are the model's own (`defaults`). What the cache still holds of
-        earlier turns is not computed again. Otherwise as generate().
+        which templates mostly drop. tools: JSON schemas of functions; a call stays in the answer as the model writes
+        it, marks included, of which those that are control tokens (`template.call_marks`) come as text. Sampling
+        defaults are the model's own (`defaults`). What the cache still holds of earlier turns is not computed again.
+        Otherwise as generate().
         """
         ids = self.template.encode(messages, tools=tools, **(variables or {}))
         request = self._request(ids, (sampling or self.defaults).changed(**options), logprobs)
         request.splitter = self.template.splitter(ids)
+        request.shown = self.template.call_marks if tools else ()
         if self.config.mixers() != {"attention"}:  # elsewhere any position can be come back to
             request.keep = self.template.lasting(ids, messages, tools=tools, **(variables or {}))
         answer = self._answer(request, max_tokens, stop)
@@ -281,7 +285,7 @@ class Model:
         rules = StopRules(self.tokenizer.stop_ids, (stop,) if isinstance(stop, str) else tuple(stop), max_tokens)
         return Stream(
             self._tokens(request),
-            self.tokenizer.detokenizer(after=after),
+            self.tokenizer.detokenizer(after=after, shown=request.shown),
             rules,
             splitter=request.splitter,
             usage=request.usage,

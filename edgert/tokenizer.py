@@ -8,7 +8,7 @@ edgert.pretokenizers says.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,9 +144,12 @@ class Tokenizer:
             texts[first] = texts[first].removeprefix(b" ")
         return b"".join(texts).decode("utf-8", "replace")
 
-    def detokenizer(self, *, special: bool = False, after: Sequence[int] = ()) -> StreamingDetokenizer:
-        """For ids that come one by one; after: the ids before them, where the text continues one."""
-        return StreamingDetokenizer(self, special=special, after=after)
+    def detokenizer(
+        self, *, special: bool = False, after: Sequence[int] = (), shown: Collection[int] = ()
+    ) -> StreamingDetokenizer:
+        """For ids that come one by one. after: the ids before them, where the text continues one. shown: control tokens
+        whose text comes through all the same."""
+        return StreamingDetokenizer(self, special=special, after=after, shown=shown)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for; of a special token its name. Raises TokenizerError for an unknown id."""

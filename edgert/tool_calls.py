@@ -1,11 +1,12 @@
-"""Calls of tools in a conversation: the form in which a chat template takes them.
+"""Calls of tools in a conversation: the form in which a chat template takes them, and the marks it puts around them.
 
-It is found by what the template makes of a call, not by the model's name; nothing is known here of tokens.
+Both are found by what the template makes of a call, not by the model's name; nothing is known here of token ids.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ class CallForm(NamedTuple):
 
 
 _FORMS = tuple(CallForm(as_text, content) for content in ("", None) for as_text in (False, True))
+_MARK = re.compile("tool.?call|python.?tag", re.IGNORECASE)
 _NAME, _KEY, _VALUE = "edgert_probe", "edgert_key", "edgert_value"
 _ARGUMENTS = {_KEY: _VALUE}
 PROBE_TOOL: Mapping[str, Any] = {
@@ -44,6 +46,16 @@ def probe_call(form: CallForm) -> list[Message]:
     call = {"id": "edgert123", "type": "function", "function": function}  # Mistral takes ids of 9 characters only
     said = {"role": "assistant", "content": form.content, "tool_calls": [call]}
     return [{"role": "user", "content": "Hello"}, said]
+
+
+def probe_answer() -> list[Message]:
+    """The same conversation where the answer calls nothing."""
+    return [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello."}]
+
+
+def is_named_as_mark(token: str) -> bool:
+    """Whether a control token says by its name that it marks a call: some templates, as LFM2's, write none."""
+    return _MARK.search(token) is not None
 
 
 def find_form(render: Callable[[Sequence[Message]], str]) -> CallForm:
