@@ -45,6 +45,8 @@ _PROMPT_END = 16  # tokens at the end of a prompt in which a mark may stand
 _THINKING = re.compile(r"message(\.thinking|\[['\"]thinking['\"]\])")  # what some templates call reasoning_content
 _SPECIAL = {"bos_token": "bos_id", "eos_token": "eos_id"}
 _SWITCHES = frozenset({"enable_thinking", "thinking"})
+_EFFORT = "reasoning_effort"
+_NO_EFFORT = re.compile(rf"{_EFFORT}[^%{{}}]*?['\"](no_think|none|minimal)['\"]")  # within one tag
 
 
 class ChatTemplate:
@@ -101,11 +103,26 @@ class ChatTemplate:
     @cached_property
     def thinking_switches(self) -> frozenset[str]:
         """The variables, of those that models are taught, that make the template ask for reasoning or for none."""
+        return _SWITCHES & self._variables
+
+    def asking(self, thinking: bool) -> dict[str, Any]:
+        """The variables that ask for reasoning, or for none, as `render` and `encode` take them; none without a switch.
+
+        A template that reads a reasoning_effort instead, as gpt-oss's, gets "high", or "low" or what it calls none.
+        """
+        if self.thinking_switches or _EFFORT not in self._variables:
+            return dict.fromkeys(self.thinking_switches, thinking)
+        none = _NO_EFFORT.search(self.source)
+        return {_EFFORT: "high" if thinking else none[1] if none else "low"}
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        """All that the template reads and does not set itself."""
         environment, free = MeteredEnvironment(), set[str]()
         for source in filter(None, (self.source, self._tool_source)):
             with suppress(TemplateSyntaxError, RecursionError, MemoryError):  # said when the template is used
                 free |= meta.find_undeclared_variables(environment.parse(source))
-        return _SWITCHES & free
+        return frozenset(free)
 
     @property
     def marks_reasoning(self) -> bool:

@@ -11,6 +11,7 @@ import time
 import types
 from dataclasses import dataclass
 
+from edgert.chat_template import ChatTemplate
 from edgert.errors import ContextLengthError, ModelFileError
 from edgert.generation import StopRules, Stream, Usage
 from edgert.reasoning import Marks
@@ -55,7 +56,7 @@ class Perplexity:
 class Characters:
     """Tokenizer and detokenizer: a token is a character."""
 
-    warning = ""
+    warning, control_texts, bos_id, eos_id = "", (), None, None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [ord(c) for c in (f"<{text}>" if special else text)]
@@ -70,13 +71,15 @@ class Characters:
 class Model:
     """Answers 'You said: ...'; `calls` keeps what it was asked, `delay_s` passes before each token.
 
-    thinks: before it answers, as its template marks.
+    thinks: before it answers, as its template marks; switch: the variable that its template reads for that.
     """
 
-    def __init__(self, name="fake", n_context=2048, delay_s=0.0, is_default=False, thinks=False):
+    def __init__(
+        self, name="fake", n_context=2048, delay_s=0.0, is_default=False, thinks=False, switch="enable_thinking"
+    ):
         self.name, self.n_context, self.delay_s = name, n_context, delay_s
-        switches = frozenset({"enable_thinking"} if thinks else ())
-        self.template = types.SimpleNamespace(is_default=is_default, thinking_switches=switches)
+        reads = ChatTemplate(f"{{{{ {switch} }}}}" if thinks else "", Characters())
+        self.template = types.SimpleNamespace(is_default=is_default, asking=reads.asking)
         self.thinks = thinks
         self.defaults = Sampling(temperature=0.7, repetition_penalty=1.1)
         self.memory = types.SimpleNamespace(warning="")
@@ -96,7 +99,8 @@ class Model:
         prompt = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         answer = f"You said: {messages[-1]['content']}"
         if self.thinks and (variables or {}).get("enable_thinking", True):
-            answer = f"<think>\nHm, so.\n</think>\n\n{answer}"
+            so = {"low": "So.", "high": "Hm, hm, so."}.get((variables or {}).get("reasoning_effort"), "Hm, so.")
+            answer = f"<think>\n{so}\n</think>\n\n{answer}"
         return self._stream(f"{prompt}<assistant>", answer, max_tokens, stop)
 
     def generate(self, prompt, *, stream, sampling, max_tokens=None, stop=()):
@@ -156,6 +160,7 @@ if __name__ == "__main__":
             n_context=int(os.environ.get("N_CONTEXT", "2048")),
             is_default="CHATML" in os.environ,
             thinks="THINKS" in os.environ,
+            switch=os.environ.get("SWITCH", "enable_thinking"),
         )
     )
     from edgert.cli.main import main

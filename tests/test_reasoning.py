@@ -359,6 +359,41 @@ def test_other_templates_take_both_beside_a_call() -> None:
     assert made.render([said, {**said, "tool_calls": [CALL]}, {**said, "thinking": "t"}]) == "r|c;r|c;t|c;"
 
 
+@pytest.mark.parametrize(
+    ("source", "on", "off"),
+    [
+        ("{{ messages }}", {}, {}),
+        ("{{ enable_thinking }}", {"enable_thinking": True}, {"enable_thinking": False}),
+        ("{{ thinking }}{{ reasoning_effort }}", {"thinking": True}, {"thinking": False}),
+        (  # gpt-oss
+            "{% macro m() %}{% if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}"
+            "{{ reasoning_effort }}{% endmacro %}{{ m() }}",
+            {"reasoning_effort": "high"},
+            {"reasoning_effort": "low"},
+        ),
+        (  # Hunyuan 3
+            "{% if not reasoning_effort is defined %}{% set reasoning_effort = 'no_think' %}"
+            "{% elif reasoning_effort not in ['high', 'low', 'no_think'] %}{{ raise_exception('') }}{% endif %}",
+            {"reasoning_effort": "high"},
+            {"reasoning_effort": "no_think"},
+        ),
+        ("{% if reasoning_effort in ['low', 'minimal'] %}{% endif %}", None, {"reasoning_effort": "minimal"}),
+        ("{{ reasoning_effort }}{{ mode == 'none' }}", None, {"reasoning_effort": "low"}),  # not of the effort
+        ("{{ broken", {}, {}),
+    ],
+)
+def test_asking_for_reasoning_or_for_none(source: str, on: Any, off: Any) -> None:
+    made = ChatTemplate(source, TOKENIZER)
+    assert made.asking(False) == off and made.asking(True) == (on or {"reasoning_effort": "high"} if off else {})
+
+
+@needs_templates
+def test_asking_gpt_oss() -> None:
+    oss = template("gpt-oss")
+    for variables, effort in [({}, "medium"), (oss.asking(True), "high"), (oss.asking(False), "low")]:
+        assert f"Reasoning: {effort}\n" in oss.render(HELLO, **variables)
+
+
 def test_marks_by_the_text_of_a_template() -> None:
     assert find_marks("{{ messages }}") is None
     assert find_marks("x.split('</think>')") == THINK

@@ -32,8 +32,12 @@ def answer(*arguments: str, **environment: str) -> tuple[str, str]:
 
 def test_a_pipe_gets_the_answer_alone() -> None:
     assert answer() == ("You said: hi\n", "")
-    ended = "the model was still thinking when --max-tokens ended it: allow more, or use --no-think\n"
-    assert answer("--max-tokens", "12") == ("\n", ended)
+    ended = "the model was still thinking when --max-tokens ended it: allow more"
+    assert answer("--max-tokens", "12") == ("\n", f"{ended}, or use --no-think\n")
+    no_switch = f"fake has no switch for thinking: --no-think changes nothing\n{ended}\n"
+    assert answer("--max-tokens", "12", SWITCH="other") == ("\n", f"{ended}\n")
+    assert answer("--max-tokens", "12", "--no-think", SWITCH="other") == ("\n", no_switch)
+    assert answer("--max-tokens", "12", "--no-think", SWITCH="reasoning_effort") == ("\n", f"{ended}\n")
 
 
 def test_json_has_both() -> None:
@@ -45,6 +49,12 @@ def test_thinking_can_be_switched() -> None:
     document = json.loads(answer("--json", "--no-think")[0])
     assert (document["text"], document["reasoning"]) == ("You said: hi", "")
     assert json.loads(answer("--json", "--think")[0])["reasoning"] == "Hm, so."
+
+
+def test_effort_can_be_chosen() -> None:
+    for option, expected in [(["--no-think"], "So."), ([], "Hm, so."), (["--think"], "Hm, hm, so.")]:
+        document = json.loads(answer("--json", *option, SWITCH="reasoning_effort")[0])
+        assert (document["text"], document["reasoning"]) == ("You said: hi", expected)
 
 
 def test_a_model_without_the_switch_says_so() -> None:

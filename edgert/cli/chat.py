@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.", show_default=False)]
 Thinking = Annotated[
     bool | None,
-    typer.Option("--think/--no-think", help="Ask for reasoning, or for none, where the model has a switch for it."),
+    typer.Option(
+        "--think/--no-think",
+        help="Ask for reasoning, or for none, where the model has a switch for it; of gpt-oss and others that take an "
+        "effort: high, or low. The model's own way, of gpt-oss medium effort, if not set.",
+    ),
 ]
 
 
@@ -53,17 +57,18 @@ def chat(
             output.write_json(output.as_json(completion, opened))
         else:
             output.write("\n")
-            output.note_full_context(completion, opened)
+            less = thinking is not False and bool(opened.template.asking(False))
+            output.note_full_context(completion, opened, may_think_less=less)
 
 
 def _variables(model: Model, thinking: bool | None) -> dict[str, Any]:
     """What the template is told of thinking; a note where it has no switch for it."""
     if thinking is None:
         return {}
-    switches = model.template.thinking_switches
-    if not switches:
+    variables = model.template.asking(thinking)
+    if not variables:
         output.note(f"{model.name} has no switch for thinking: --{'' if thinking else 'no-'}think changes nothing")
-    return {"variables": dict.fromkeys(switches, thinking)} if switches else {}
+    return {"variables": variables} if variables else {}
 
 
 def _check_terminal(text: str | None, json: bool) -> None:

@@ -225,12 +225,16 @@ def read_out(stream: Stream, *, silent: bool = False) -> Completion:
     return stream.completion
 
 
-def note_full_context(completion: Completion, model: Model) -> None:
-    """Say that an answer broke off because the context is full, or before it began, if it did, and how to go on."""
+def note_full_context(completion: Completion, model: Model, *, may_think_less: bool = False) -> None:
+    """Say that an answer broke off because the context is full, or before it began, if it did, and how to go on.
+
+    may_think_less: the model has a switch for thinking, and it is on.
+    """
     if completion.finish_reason == "context":
         note(f"the context of {model.n_context:,} tokens is full: start again with a larger --context")
     elif completion.finish_reason == "length" and completion.reasoning and not completion.text:
-        note("the model was still thinking when --max-tokens ended it: allow more, or use --no-think")
+        less = ", or use --no-think" if may_think_less else ""
+        note(f"the model was still thinking when --max-tokens ended it: allow more{less}")
 
 
 def as_json(completion: Completion, model: Model, before: str = "") -> dict[str, Any]:
