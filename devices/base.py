@@ -164,8 +164,8 @@ class Cache(Protocol):
     def end(self, position: int) -> None:
         """The step is done; the next one begins at `position`."""
 
-    def keep(self) -> None:
-        """Make this a position that `rewind` can come back to."""
+    def keep(self, spare: int | None = None) -> None:
+        """Make this a position that `rewind` can come back to, in the place of an older one other than `spare`."""
 
     def rewind(self, n: int) -> int:
         """Go back to the position n, or one before it that can be come back to; which one."""

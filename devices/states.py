@@ -12,7 +12,7 @@ import numpy as np
 
 from edgert.types import Floats, ModelConfig
 
-KEPT = 2  # states of earlier positions that are kept: where the last prompt began, and where what lasts of it ended
+KEPT = 2  # states of earlier positions that are kept: see Engine.prompt
 
 
 class StatePlace(NamedTuple):
@@ -91,12 +91,12 @@ class States:
         """The step is done."""
         self._position = position
 
-    def keep(self) -> None:
-        """Keep the present states, so that `rewind` can come back here; the oldest kept ones are given up."""
+    def keep(self, spare: int | None = None) -> None:
+        """Keep the present states, so that `rewind` can come back here; the oldest other than `spare` are given up."""
         if not self or not self._position or self._position in self._kept:
             return
         if len(self._kept) == KEPT:
-            del self._kept[min(self._kept)]
+            del self._kept[min(position for position in self._kept if position != spare)]
         row = next(row for row in range(1, KEPT + 1) if row not in self._kept.values())
         self._all[row, : self.now.size] = self.now
         self._kept[self._position] = row
@@ -122,7 +122,7 @@ class WithoutStates:
     def end(self, position: int) -> None:
         """Nothing is to be noted."""
 
-    def keep(self) -> None:
+    def keep(self, spare: int | None = None) -> None:
         """Any position can be come back to."""
 
     def rewind(self, n: int) -> int:
@@ -148,9 +148,9 @@ class WithStates:
         """The step is done."""
         self.states.end(position)
 
-    def keep(self) -> None:
-        """Make this a position that `rewind` can come back to."""
-        self.states.keep()
+    def keep(self, spare: int | None = None) -> None:
+        """Make this a position that `rewind` can come back to, and let `spare` stay one."""
+        self.states.keep(spare)
 
     def rewind(self, n: int) -> int:
         """Go back to the position n, or one before it that was kept; which one."""

@@ -207,19 +207,21 @@ class ChatTemplate:
             ids.insert(0, bos)
         return ids
 
-    def lasting(self, prompt: Sequence[int], messages: Sequence[Message], **options: Any) -> int | None:
-        """With how many tokens of a prompt, which `encode` has made, the next turn will begin: those of the messages.
+    def lasting(self, prompt: Sequence[int], messages: Sequence[Message], **options: Any) -> list[int]:
+        """With how many tokens of a prompt, which `encode` has made, others will begin, ascending.
 
-        What asks for an answer behind them mostly differs from what is shown of that answer afterwards. None where the
-        template does not tell. Arguments as for `encode`.
+        Those up to the last question: templates drop reasoning beside calls of tools once a turn is over. And those of
+        all messages: what asks for an answer behind them mostly differs from what is shown of it afterwards. None where
+        the template does not tell. Arguments as for `encode`.
         """
-        try:
-            alone = self.encode(messages, add_generation_prompt=False, **options)
-        except TemplateError:
-            return None
-        pairs = zip(prompt, alone, strict=False)
-        n = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(prompt), len(alone)))
-        return n if 0 < n < len(prompt) else None
+        question = max((n for n, message in enumerate(messages, 1) if message["role"] == "user"), default=0)
+        found = set()
+        for n_messages in {question, len(messages)} - {0}:
+            with suppress(TemplateError):
+                alone = self.encode(messages[:n_messages], add_generation_prompt=False, **options)
+                pairs = enumerate(zip(prompt, alone, strict=False))
+                found.add(next((n for n, (one, other) in pairs if one != other), len(alone)))
+        return sorted(n for n in found if 0 < n < len(prompt))
 
     def _named(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages as the template takes them: calls of tools in its form, reasoning_content under its name."""

@@ -114,19 +114,20 @@ class Engine:
             self.step(part, session)
             yield len(part)
 
-    def prompt(self, tokens: Sequence[int], session: Session, keep: int | None = None) -> Iterator[int]:
+    def prompt(self, tokens: Sequence[int], session: Session, keep: Sequence[int] = ()) -> Iterator[int]:
         """As prefill, of a text that others may come back to: a session's states are kept where it begins and ends.
 
-        keep: the length of what others will begin with, counted from the session's first token; by default they come
-        back with the same text, and need the states before its last token. What lies behind is a step of its own.
+        keep: the lengths of what others will begin with, counted from the session's first token, ascending, the surest
+        first; by default they come back with the same text, and need the states before its last token.
         """
-        session.cache.keep()
-        n = len(tokens) - 1 if keep is None else keep - len(session.tokens)
-        if session.cache.has_states and 0 < n < len(tokens):
-            yield from self.prefill(tokens[:n], session)
-            session.cache.keep()
-            tokens = tokens[n:]
-        yield from self.prefill(tokens, session)
+        start, done, spare = len(session.tokens), 0, keep[0] if keep else None
+        session.cache.keep(spare)
+        for end in keep or (start + len(tokens) - 1,):
+            if session.cache.has_states and done < end - start < len(tokens):
+                yield from self.prefill(tokens[done : end - start], session)
+                session.cache.keep(spare)
+                done = end - start
+        yield from self.prefill(tokens[done:], session)
 
     def last_logits(self, n_rows: int) -> Floats:
         """Logits (n_vocab,) of the last of the `n_rows` tokens of the step just run; valid until the next call."""

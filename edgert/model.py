@@ -103,7 +103,7 @@ class _Request:
     sampler: Sampler
     n_logprobs: int | None
     usage: Usage
-    keep: int | None = None  # with how many of the ids the next turn will begin; None: not known
+    keep: Sequence[int] = ()  # with how many of the ids others will begin, where that is known
     splitter: Splitter | None = None  # of reasoning and answer
     shown: Collection[int] = ()  # control tokens whose text comes through
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -31,6 +31,13 @@ TURNS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opens }}{% endif %}"
 )
 ENDS = {"thinking": "<think>\n", "no thinking": "<think>\n\n</think>\n\n", "plain": ""}
+# As Qwen's: what was thought in a turn is shown while it lasts, and no more behind the next question.
+DROPS = (
+    "{% set now = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set now.at = loop.index %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.index > now.at and m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 FIRST, ANSWER, SECOND = [5, 9, 2, 7, 1, 8, 30, 12, 4], [3, 3, 17], [40, 41, 6, 2, 19]
 
 
@@ -113,6 +120,16 @@ def test_states_are_kept_where_asked_and_the_oldest_is_given_up() -> None:
     assert states.rewind(3) == 0  # a step that did not end
 
 
+def test_states_that_are_spared_stay() -> None:
+    states = States(config_of("qwen3next-f32"))
+    for position in range(1, 6):
+        states.begin(position - 1)
+        states.now[:] = position
+        states.end(position)
+        states.keep(spare=2)
+    assert states.rewind(4) == 2 and (states.now == 2).all()
+
+
 def test_what_models_without_states_keep() -> None:
     config = config_of("llama-f32")
     states = States(config)
@@ -146,7 +163,9 @@ def models(request: pytest.FixtureRequest) -> Iterator[tuple[edgert.Model, edger
         yield talks, anew
 
 
-def asked(models: tuple[edgert.Model, edgert.Model], messages: list[dict[str, str]], opens: str) -> tuple[int, int]:
+def asked(
+    models: tuple[edgert.Model, edgert.Model], messages: list[dict[str, str]], opens: str = ""
+) -> tuple[int, int]:
     """Ask both, who must say the same: how many tokens of the prompt were in the cache, how many are the messages'."""
     talks, anew = models
     anew.logits([1])  # leaves nothing of what it has answered
@@ -175,6 +194,23 @@ def test_a_turn_reads_only_what_is_new(models: tuple[edgert.Model, edgert.Model]
     assert asked(models, messages[:2], opens)[0] < 200
 
 
+def test_a_turn_after_calls_of_tools_goes_back_to_the_last_question(models: tuple[edgert.Model, edgert.Model]) -> None:
+    models[0].template = models[1].template = ChatTemplate(DROPS, models[0].tokenizer)
+    messages, question = [{"role": "system", "content": "Be brief."}], 0
+    for turn in range(2):
+        messages.append({"role": "user", "content": f"Question {turn}?"})
+        cached, before = asked(models, messages)
+        assert question <= cached < question + 20
+        question = before
+        for step in range(3):
+            called = {"role": "assistant", "content": f"Call {step}.", "reasoning_content": "I should look."}
+            messages += [called, {"role": "tool", "content": f"Found {step}."}]
+            cached, n_messages = asked(models, messages)
+            assert before <= cached < before + 20
+            before = n_messages
+        messages.append({"role": "assistant", "content": "So it is.", "reasoning_content": "That was it."})
+
+
 @pytest.mark.parametrize("opens", ENDS.values(), ids=ENDS)
 def test_a_chat_in_the_terminal_reads_only_what_is_new(
     models: tuple[edgert.Model, edgert.Model], opens: str, capfd: pytest.CaptureFixture[str]
@@ -199,6 +235,6 @@ def test_a_template_that_does_not_tell_where_messages_end(models: tuple[edgert.M
         talks.template = models[1].template = ChatTemplate(source, talks.tokenizer)
         messages = [{"role": "user", "content": "Hello there"}]
         prompt = talks.template.encode(messages)
-        assert talks.template.lasting(prompt, messages) is None
+        assert talks.template.lasting(prompt, messages) == []
         answers = [talks.chat(messages, max_tokens=2, temperature=0) for _ in range(2)]
         assert answers[0].text == answers[1].text and answers[1].usage.cached_tokens == len(prompt) - 1
