@@ -18,8 +18,6 @@ from edgert.plan_hits import Hits
 from edgert.plan_model import PlanModel
 from edgert.plan_parts import Numbers, Part, even_distinct, step_parts
 
-PROMPT = 512  # tokens, where nobody says
-
 
 class Reach(NamedTuple):
     """What edgert reaches of a board's figures, as shares: of memory's rate in decoding, of operations in a prompt, of
@@ -47,9 +45,9 @@ class Range(NamedTuple):
     fast: float
 
 
-# On the machine that edgert was measured on, quiet: 0.81 of the bytes that a plain loop reads in decoding, 0.32 to 0.42
-# of the int8 operations of a loop of dot products in prompts of 512; 80 to 86 % of the bound with experts on flash.
-MEASURED = Reaches(Reach(0.70, 0.30, 0.85, 0.0), Reach(0.82, 0.40, 1.0, 0.0), Reach(0.92, 0.48, 1.1, 1.0))
+# Of what the product kernels do by themselves, on the machine that edgert was measured on; 80 to 86 % of the bound with
+# experts on flash.
+MEASURED = Reaches(Reach(0.70, 0.65, 0.8, 0.0), Reach(0.95, 0.88, 1.0, 0.0), Reach(1.2, 1.05, 1.1, 1.0))
 # On a board that nobody measured, whose figures are estimates too.
 UNVERIFIED = Reaches(Reach(0.55, 0.15, 0.6, 0.0), Reach(0.80, 0.30, 1.0, 0.0), Reach(1.0, 0.45, 1.3, 1.0))
 # Software, on the machine that edgert was measured on: of a layer that has to wait for flash, of each expert read, of a
@@ -180,21 +178,31 @@ class Planner:
         while done < n_prompt:
             n = min(plan.chunk, n_prompt - done)
             done += n
-            parts = step_parts(self.model.weights, n, done, self.numbers, n_logits=int(done == n_prompt))
+            parts = step_parts(
+                self.model.weights, n, done, self.numbers, n_logits=int(done == n_prompt), distinct=self._distinct
+            )
             arithmetic = sum(part.seconds(self.unit, reach.compute, reach.read) for part in parts)
-            reading = self._chunk_flash_s(n, plan, flash, reach)
+            missed = self._missed(n, plan)
+            reading = missed * self._mean_expert(plan) / (flash.bytes_per_s * reach.flash)
             first = reading / max(self.n_routed, 1)  # nothing goes on while the first layer's experts come
-            total += max(arithmetic, reading - first) + first
+            total += max(arithmetic, reading - first) + first + missed * _EXPERT_S * self.board.slowness
         return total
 
-    def _chunk_flash_s(self, n_tokens: int, plan: MemoryPlan, flash: Flash, reach: Reach) -> float:
-        router = self.model.config.router
-        if router is None or not plan.slots:
+    def _missed(self, n_tokens: int, plan: MemoryPlan) -> float:
+        """Experts that a chunk reads, in all layers."""
+        if not plan.slots:
             return 0.0
-        used = even_distinct(router.n_expert, router.top_k, n_tokens) * self.n_routed
-        missed = used * (1 - plan.residency)
-        mean = plan.all_experts / (self.n_routed * router.n_expert)
-        return missed * (mean / (flash.bytes_per_s * reach.flash) + _EXPERT_S * self.board.slowness)
+        return self._distinct(n_tokens) * self.n_routed * (1 - min(1.0, plan.residency / self._hits.in_play))
+
+    def _mean_expert(self, plan: MemoryPlan) -> float:
+        """Bytes of an expert."""
+        router = self.model.config.router
+        return plan.all_experts / (self.n_routed * router.n_expert) if router else 0.0
+
+    def _distinct(self, n_tokens: int) -> float:
+        """Experts of a layer that a chunk uses."""
+        router = self.model.config.router
+        return even_distinct(router.n_expert, router.top_k, n_tokens) * self._hits.in_play if router else 0.0
 
     def unit_ttft_s(self, unit: Unit) -> Range:
         """Of the prompt's arithmetic alone on another unit, in 16-bit floats."""

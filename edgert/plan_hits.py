@@ -16,6 +16,7 @@ from edgert.experts.policies import make_policy
 from edgert.experts.profile import Profile
 from edgert.experts.replay import replay_policy
 from edgert.experts.trace import Trace
+from edgert.plan_parts import PROMPT, even_distinct
 from edgert.report_numbers import sampled
 from edgert.types import Ids
 
@@ -44,13 +45,17 @@ _UNSURE = 0.25  # by which the misses of text that was not profiled differ from 
 
 @dataclass(frozen=True)
 class Hits:
-    """Three rates of hits by residency: what a hard, a usual and an easy text gives. source: where they are from."""
+    """Three rates of hits by residency: what a hard, a usual and an easy text gives. source: where they are from.
+
+    in_play: of the experts that even routing would use in a chunk, the share that is used.
+    """
 
     hard: Curve
     usual: Curve
     easy: Curve
     source: str
     measured: bool = False  # on the very model
+    in_play: float = 1.0
 
     def at(self, residency: float) -> tuple[float, float, float]:
         """(hard, usual, easy) shares of experts found in RAM."""
@@ -92,4 +97,11 @@ def replayed_hits(trace: Trace, source: str, n_warm: int | None = None) -> Hits:
         {share: max(0.0, 1 - (1 - rate) * factor) for share, rate in found.items()}
         for factor in (1 + _UNSURE, 1 - _UNSURE)
     )
-    return Hits(hard, found, easy, source, measured=True)
+    return Hits(hard, found, easy, source, measured=True, in_play=_in_play(trace))
+
+
+def _in_play(trace: Trace) -> float:
+    """Experts that the tokens of a trace, or a chunk of them, use beside those that even routing would."""
+    ids = trace.ids[trace.layers, :PROMPT]
+    used = [len(np.unique(layer)) for layer in ids]
+    return min(1.0, float(np.mean(used)) / even_distinct(trace.n_expert, trace.top_k, ids.shape[1])) if used else 1.0

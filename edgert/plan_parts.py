@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from edgert.boards import Unit
+from edgert.quant.formats import PackedPart
 from edgert.tensor_table import EMBEDDING, HEAD, layer_tensors
 from edgert.traffic import positions
 from edgert.weights import Weights
 
+PROMPT = 512  # tokens, where nobody says
 Kind = Literal["int8", "float"]  # what a part's operations are
 
 
@@ -121,6 +123,35 @@ def _layer_parts(weights: Weights, n: int, seen: int, numbers: Numbers) -> Itera
     wide = n * c.d_model
     yield Part("norm", 2 * layers + 1, 7 * wide, 2 * wide * number, "float")
     yield Part("add", 2 * layers, wide, 2 * wide * number, "float")
+
+
+class Product(NamedTuple):
+    """Matrices of one format and shape, each of which is multiplied with so many rows."""
+
+    matrix: PackedPart
+    n_rows: int
+
+    @property
+    def operations(self) -> float:
+        """Of one of them; a multiply-add counts as two."""
+        return 2.0 * self.n_rows * math.prod(self.matrix.shape)
+
+
+def products(weights: Weights, n_tokens: int) -> dict[Product, float]:
+    """The layers' products of matrices with rows in a step of n_tokens, and how many there are of each."""
+    c, found = weights.config, dict[Product, float]()
+    names = [(name, n_tokens, 1.0) for tensors in _matrices(weights).values() for name in tensors]
+    if c.router is not None:
+        used = even_distinct(c.router.n_expert, c.router.top_k, n_tokens)
+        rows = max(1, round(n_tokens * c.router.top_k / used))
+        names += [(f"blk.{layer}.ffn_{part}_exps.weight", rows, used) for layer in c.expert_layers for part in _FFN]
+    for name, rows, count in names:
+        n_out, n_in = weights.shapes[name][-2:]
+        sizes = weights.sizes_of(name)
+        for format, n_bytes in sizes.items():
+            product = Product(PackedPart(format, (n_out, n_in), 0), rows)
+            found[product] = found.get(product, 0.0) + count * n_bytes / sum(sizes.values())
+    return found
 
 
 _FFN = ("gate", "up", "down")

@@ -27,7 +27,7 @@ from edgert.memory import MemoryPlan
 from edgert.needs import record_bytes
 from edgert.plan import Planner, Range, Request
 from edgert.plan_hits import Hits, replayed_hits, usual_hits
-from edgert.plan_machine import board_of, measured_unit, token_bytes
+from edgert.plan_machine import board_of, measured_unit
 from edgert.plan_model import PlanModel
 from edgert.weights import Progress
 
@@ -96,14 +96,14 @@ def verify(model: PlanModel, request: Request, progress: Progress, threads: int 
     hits, found, request = usual_hits(model.name), list[Compared](), _fitting(request, model)
     for residency in RESIDENCIES if model.config.router else RESIDENCIES[:1]:
         progress("measuring this machine", 0.0)
-        before, _ = measured_unit(token_bytes(model), threads)
+        before, _ = measured_unit(model, threads)
         try:
             seen, memory = _run(model, residency, request, threads, progress)
         except MemoryLimitError:
             if residency == 1 and model.config.router:
                 continue  # too large for this machine: the half may do
             raise
-        after, _ = measured_unit(token_bytes(model), threads)
+        after, _ = measured_unit(model, threads)
         if seen.trace is not None:
             hits = replayed_hits(seen.trace, "routes of the run with all experts in RAM", _WARM)
         found += _compare(model, residency, request, (_mean(before, after), seen, memory), hits)
