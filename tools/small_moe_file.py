@@ -40,12 +40,12 @@ HELD_OUT_PART = 0.01  # of the documents of each source
 class Sizes:
     """The model's dimensions; every row of a matrix is a multiple of 256 long, as K-quants need it."""
 
-    n_layer: int = 8
+    n_layer: int = 4
     d_model: int = 256
     n_head: int = 4
     n_kv_head: int = 2
     d_head: int = 64
-    n_expert: int = 32
+    n_expert: int = 16
     top_k: int = 4
     d_expert: int = 256
     n_vocab: int = 4096

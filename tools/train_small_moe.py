@@ -1,6 +1,6 @@
 """Train a small Mixture-of-Experts model from scratch on a folder of text, as a subject for quantisation studies.
 
-A `qwen3moe` of 53 million weights, 9 million of them used by a token, with a vocabulary of its own; seed, data and
+A `qwen3moe` of 15 million weights, 5 million of them used by a token, with a vocabulary of its own; seed, data and
 steps determine it. Two cores take 45 minutes (OMP_WAIT_POLICY=PASSIVE keeps that from growing tenfold where others
 use them too). Needs torch, which the product does not:
 
@@ -26,7 +26,7 @@ from edgert.errors import EdgertError, ModelFileError, OptionError
 if TYPE_CHECKING:
     from small_moe_model import SmallMoe
 
-STEPS = 1200
+STEPS = 2400
 TOKENS_PER_STEP = 4096
 ROWS = (
     (0.6, 256),
