@@ -5,12 +5,10 @@ Knows how the parts fit together; each part knows nothing of the others. Calls f
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -19,11 +17,11 @@ import numpy as np
 from edgert import perplexity
 from edgert.chat_template import ChatTemplate
 from edgert.errors import ContextLengthError, EdgertError, OptionError
-from edgert.generation import Completion, StopRules, Stream, TokenEvent, TokenLogprob, Usage
+from edgert.generation import Completion, StopRules, Stream, TokenEvent, TokenLogprob
 from edgert.loading import Parts, load_parts
 from edgert.memory import MemoryPlan, parse_size
-from edgert.reasoning import Splitter
-from edgert.sampling import Sampler, Sampling
+from edgert.request import Request
+from edgert.sampling import Sampling
 from edgert.streaming import prefetch_state
 from edgert.tensor_views import skipped
 from edgert.tokenizer import Tokenizer
@@ -93,21 +91,6 @@ def load(
             power=power,
         )
     )
-
-
-@dataclass
-class _Request:
-    """What the maker of an answer's tokens needs."""
-
-    ids: list[int]
-    sampler: Sampler
-    n_logprobs: int | None
-    usage: Usage
-    keep: Sequence[int] = ()  # with how many of the ids others will begin, where that is known
-    splitter: Splitter | None = None  # of reasoning and answer
-    shown: Collection[int] = ()  # control tokens whose text comes through
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    stream: weakref.ref[Stream] | None = None  # where the caller reads it piece by piece
 
 
 class Model:
@@ -201,7 +184,7 @@ class Model:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
         request = self._request(ids, (sampling or Sampling()).changed(**options), logprobs)
         answer = self._answer(request, max_tokens, stop, after=ids)
-        return _handed_out(answer, request) if stream else answer.finish()
+        return request.handed_out(answer) if stream else answer.finish()
 
     @overload
     def chat(
@@ -262,24 +245,14 @@ class Model:
         if self.config.mixers() != {"attention"}:  # elsewhere any position can be come back to
             request.keep = self.template.lasting(ids, messages, tools=tools, **(variables or {}))
         answer = self._answer(request, max_tokens, stop)
-        return _handed_out(answer, request) if stream else answer.finish()
+        return request.handed_out(answer) if stream else answer.finish()
 
-    def _request(self, ids: list[int], sampling: Sampling, n_logprobs: int | None) -> _Request:
+    def _request(self, ids: list[int], sampling: Sampling, n_logprobs: int | None) -> Request:
         """A checked request for the answer to `ids`."""
-        if not ids:
-            raise OptionError("the prompt is empty; give at least one token")
-        if len(ids) > self.n_context:
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.n_context}; "
-                "shorten it or use a larger --context"
-            )
-        outside = next((token for token in sampling.logit_bias if not 0 <= token < self.config.n_vocab), None)
-        if outside is not None:
-            raise OptionError(f"logit_bias has token {outside}, outside the vocabulary of {self.config.n_vocab}")
-        return _Request(ids, Sampler(sampling), n_logprobs, Usage(prompt_tokens=len(ids)))
+        return Request.checked(ids, sampling, n_logprobs, self.n_context, self.config.n_vocab)
 
     def _answer(
-        self, request: _Request, max_tokens: int | None, stop: str | Sequence[str], after: Sequence[int] = ()
+        self, request: Request, max_tokens: int | None, stop: str | Sequence[str], after: Sequence[int] = ()
     ) -> Stream:
         """The answer to a request; its text continues that of `after`."""
         rules = StopRules(self.tokenizer.stop_ids, (stop,) if isinstance(stop, str) else tuple(stop), max_tokens)
@@ -293,7 +266,7 @@ class Model:
             started=time.perf_counter(),
         )
 
-    def _tokens(self, request: _Request) -> Generator[TokenEvent, None, None]:
+    def _tokens(self, request: Request) -> Generator[TokenEvent, None, None]:
         """Tokens of an answer, until the context is full or it is cancelled; has the turn from first to last."""
         if not self._turn.take(request.cancelled):
             return
@@ -305,7 +278,7 @@ class Model:
         finally:
             self._turn.give_back()
 
-    def _run(self, parts: Parts, request: _Request) -> Iterator[TokenEvent]:
+    def _run(self, parts: Parts, request: Request) -> Iterator[TokenEvent]:
         """Prefill, then a token at a time."""
         engine, session, usage, history = parts.engine, parts.session, request.usage, list(request.ids)
         engine.residency.between_requests()
@@ -408,9 +381,3 @@ class Model:
         if self._parts is None or self._closing:
             raise EdgertError("this model is closed; load it again")
         return self._parts
-
-
-def _handed_out(answer: Stream, request: _Request) -> Stream:
-    """An answer that the caller reads piece by piece, which Model.close() must find; not kept alive for that."""
-    request.stream = weakref.ref(answer)
-    return answer

@@ -4,7 +4,7 @@ python tools/temper.py MODEL.gguf --text FILE --out TEMPERED.gguf [--chunks 64] 
 
 A model that is surer of a text than it should be gains from noise: its perplexity falls when its weights are rounded,
 and says nothing of what rounding costs. One factor on the logits (temperature scaling, arXiv 1706.04599), fitted on
-text that is not measured on, lessens that. It goes into the last norm's weights; all others stay as they are to the bit.
+text that is not measured on, lessens that. It goes into the last norm's weights; all others stay to the bit.
 """
 
 from __future__ import annotations
