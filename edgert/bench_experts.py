@@ -22,6 +22,7 @@ from edgert.experts.trace import Trace
 from edgert.types import ExpertCounts, Ids
 
 _GROUP_BYTES = 32 << 20  # read at a time to measure the flash: the lanes are not to run dry
+_ALONE = 15  # records that are read one by one
 _TURN_S = 0.1  # a measurement of the flash takes, unless one group takes longer
 
 
@@ -46,6 +47,12 @@ class FlashRate:
             n_bytes += int(self._buffer.sizes[keys[:n_keys]].sum())
             seconds += self._read(keys[:n_keys])
         return n_bytes / seconds
+
+    def alone(self) -> float:
+        """Seconds that a record takes which is read by itself, the median of some. Raises as measure() does."""
+        self._buffer.cancel_all()
+        keys = self._numbers.permutation(np.flatnonzero(self._buffer.state == READY))[:_ALONE]
+        return float(np.median([self._read(keys[i : i + 1]) for i in range(len(keys))]))
 
     def _read(self, keys: Ids) -> float:
         """Seconds until all are there."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _LEAST_BYTES, _MOST_BYTES, _SPARE_BYTES = 16 << 20, 512 << 20, 1 << 30
 _PASSES, _PASS_S, _FIRST_TURNS = 7, 0.03, 4
 _LESSER = 0.1  # of the products, that need no measuring
+_LOOKED_UP, _LOOK_UP_S = 400, 2.5e-6  # turns, and seconds of one where plan.py's were measured
 _BUSY = 0.85  # of the processors' time, below which others are said to take it
 _SLOW_UNIT = Unit("CPU", 2e9, 1e9, 5e9, 1)  # where nothing is compiled: a guess
 FLOATS = 6  # int8 operations that take the kernels as long as one of a 32-bit float in attention
@@ -55,11 +56,25 @@ def board_of(unit: Unit, flash: Flash, remarks: tuple[str, ...] = ()) -> Board:
         cpu=unit,
         gpu=None,
         flash=(flash,),
-        slowness=1.0,
+        slowness=python_slowness(),
         remarks=remarks,
         sources=(machine.cpu_name(),),
         measured=True,
     )
+
+
+def python_slowness() -> float:
+    """How much longer Python takes here and now than where plan.py's seconds of software were measured."""
+
+    def look_up() -> float:
+        numbers, kept, began = np.arange(16) % 3, dict.fromkeys(range(16), 0), time.process_time()
+        for turn in range(_LOOKED_UP):
+            for number in np.flatnonzero(numbers == turn % 3).tolist():
+                kept[number] += 1
+        return time.process_time() - began
+
+    look_up()
+    return float(np.median([look_up() for _ in range(_PASSES)])) / (_LOOKED_UP * _LOOK_UP_S)
 
 
 def measured_unit(model: PlanModel, threads: int | None = None) -> tuple[Unit, tuple[str, ...]]:

@@ -80,12 +80,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a run showed: seconds of a token and of the prompt, by the clock and alone, routes, flash's rate, hits."""
+    """What a run showed: seconds of a token and of the prompt, by the clock and alone, routes, the flash, hits."""
 
     token_s: tuple[float, float]
     prompt_s: tuple[float, float]
     trace: Trace | None
-    flash: float | None
+    flash: Flash | None
     hit_rate: float | None
 
 
@@ -122,7 +122,7 @@ def _compare(
 ) -> list[Compared]:
     """Tokens a second, seconds to the first token, and hits."""
     unit, seen, memory = ran
-    flash = Flash("in this run", seen.flash or 1e9, 0.0)
+    flash = seen.flash or Flash("of no use", 1e9, 0.0)
     planner = Planner(model, board_of(unit, flash), request, hits)
     speed = planner.speed(memory, flash)
     found = [
@@ -166,11 +166,12 @@ def _measure(parts: Parts, request: Request) -> _Seen:
     prompt_s = _usual(*_timed(runner, prompt))
     tokens = Test("generate", _TOKENS, request.prompt)
     runner.prepare(tokens)
-    rate, flash = flash_rate_of(parts.engine.residency), list[float]()
+    rate, flash, alone_s = flash_rate_of(parts.engine.residency), list[float](), list[float]()
     before = parts.engine.residency.counts
     seconds, waited = list[float](), list[float]()
     for _ in range(_RUNS):
         flash += [rate.measure()] if rate is not None else []
+        alone_s += [rate.alone()] if rate is not None else []
         once, of_which = _timed(runner, tokens, 1)
         seconds, waited = seconds + once, waited + of_which
     flash += [rate.measure()] if rate is not None else []
@@ -180,9 +181,15 @@ def _measure(parts: Parts, request: Request) -> _Seen:
         (by_clock / _TOKENS, alone / _TOKENS),
         prompt_s,
         _trace(parts, runner.routes) if rate is None and runner.routes else None,
-        statistics.median(flash) if flash else None,
+        _flash(flash, alone_s, int(record_bytes(parts.weights).max(initial=0))) if flash else None,
         counts.hit_rate if rate is not None else None,
     )
+
+
+def _flash(rates: Sequence[float], alone_s: Sequence[float], n_bytes: int) -> Flash:
+    """From rates with several reads at a time, and seconds of a read of n_bytes by itself."""
+    rate = statistics.median(rates)
+    return Flash("in this run", rate, max(0.0, statistics.median(alone_s) - n_bytes / rate))
 
 
 def _usual(seconds: Sequence[float], waited: Sequence[float]) -> tuple[float, float]:

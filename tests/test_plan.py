@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -417,7 +418,7 @@ def test_what_was_measured_on_a_quiet_server_is_forecast_within_a_quarter(row: t
     name, read, int8, flash_rate, residency, rate, kind, measured = row
     flash, model = Flash("in the same run", flash_rate or 1e9, 0.0), open_plan_model(name)
     curve = {1e-6: rate, 1 - 1e-6: rate}
-    board = board_of(Unit("CPU", int8, int8 / FLOATS, read, 2), flash)
+    board = replace(board_of(Unit("CPU", int8, int8 / FLOATS, read, 2), flash), slowness=1.0)
     request = Request(1024, 512)
     planner = Planner(model, board, request, Hits(curve, curve, curve, "measured"))
     slots = int(residency * planner.needs.cold) if residency < 1 else 0
