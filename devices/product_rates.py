@@ -88,4 +88,5 @@ def multiply_all(thread: int, n_threads: int, barrier: int, argument: int) -> No
             put_rows(matrix, task.rows, 0, done, count, blocks)
             for tile in range(first, last, _UNIT):
                 multiply_blocks(matrix, blocks, count, tile, min(_UNIT, last - tile), parts, 32, 0)
+        meet(barrier, n_threads)  # the slower thread counts, as between the parts of a layer
     meet(barrier, n_threads)

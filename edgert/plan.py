@@ -51,8 +51,8 @@ MEASURED = Reaches(Reach(0.70, 0.65, 0.8, 0.0), Reach(0.95, 0.88, 1.0, 0.0), Rea
 # On a board that nobody measured, whose figures are estimates too.
 UNVERIFIED = Reaches(Reach(0.55, 0.15, 0.6, 0.0), Reach(0.80, 0.30, 1.0, 0.0), Reach(1.0, 0.45, 1.3, 1.0))
 # Software, on the machine that edgert was measured on: of a layer that has to wait for flash, of each expert read, of a
-# token as a whole, of a barrier between threads.
-_LAYER_S, _EXPERT_S, _TOKEN_S, _BARRIER_S = 2.2e-4, 2.2e-4, 1e-4, 3e-7
+# token as a whole, of each token of a prompt, of a barrier between threads.
+_LAYER_S, _EXPERT_S, _TOKEN_S, _PROMPT_TOKEN_S, _BARRIER_S = 2.2e-4, 2.2e-4, 1e-4, 2e-5, 3e-7
 _BARRIERS = 7  # of a layer
 
 
@@ -182,6 +182,7 @@ class Planner:
                 self.model.weights, n, done, self.numbers, n_logits=int(done == n_prompt), distinct=self._distinct
             )
             arithmetic = sum(part.seconds(self.unit, reach.compute, reach.read) for part in parts)
+            arithmetic += n * _PROMPT_TOKEN_S * self.board.slowness
             missed = self._missed(n, plan)
             reading = missed * self._mean_expert(plan) / (flash.bytes_per_s * reach.flash)
             first = reading / max(self.n_routed, 1)  # nothing goes on while the first layer's experts come

@@ -6,12 +6,12 @@ a profile of the very model; without one the range is wide, and says where it is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgert.experts.choice import DEFAULT_POLICY
+from edgert.experts.choice import DEFAULT_POLICY, Choice
 from edgert.experts.policies import make_policy
 from edgert.experts.profile import Profile
 from edgert.experts.replay import replay_policy
@@ -84,14 +84,20 @@ def profiled_hits(profile: Profile, record_bytes: Ids) -> Hits:
     return replayed_hits(sampled(profile, record_bytes), said)
 
 
-def replayed_hits(trace: Trace, source: str, n_warm: int | None = None) -> Hits:
-    """From recorded routes, replayed with the default policy, after n_warm tokens, by default half of them."""
+def replayed_hits(
+    trace: Trace, source: str, n_warm: int | None = None, choose: Callable[[float], Choice] = lambda share: Choice()
+) -> Hits:
+    """From recorded routes, replayed after n_warm tokens, by default half of them.
+
+    choose: the policy at a residency, by default the default one.
+    """
     total = int(trace.record_bytes.sum())
     least = (trace.top_k + 1) * int(trace.record_bytes.max()) / max(total, 1)
     found = {}
     for share in _REPLAYED:
         if share >= least:
-            policy = make_policy(DEFAULT_POLICY, trace.record_bytes)
+            choice = choose(share)
+            policy = make_policy(choice.policy, trace.record_bytes, choice.profile, choice.topics)
             found[share] = replay_policy(trace, policy, int(share * total), n_warm).byte_rate
     hard, easy = (
         {share: max(0.0, 1 - (1 - rate) * factor) for share, rate in found.items()}

@@ -34,18 +34,18 @@ _LESSER = 0.1  # of the products, that need no measuring
 _LOOKED_UP, _LOOK_UP_S = 400, 2.5e-6  # turns, and seconds of one where plan.py's were measured
 _BUSY = 0.85  # of the processors' time, below which others are said to take it
 _SLOW_UNIT = Unit("CPU", 2e9, 1e9, 5e9, 1)  # where nothing is compiled: a guess
-FLOATS = 6  # int8 operations that take the kernels as long as one of a 32-bit float in attention
+FLOATS = 4  # int8 operations that take the kernels as long as one of a 32-bit float in attention
 
 
-def this_board(model: PlanModel) -> Board:
+def this_board(model: PlanModel, n_prompt: int) -> Board:
     """The board that this runs on, as far as the model in question needs it to be measured. Takes about a second."""
-    unit, remarks = measured_unit(model)
+    unit, remarks = measured_unit(model, n_prompt)
     where = model.path if model.path is not None else existing(cache_folder())
     flash, said = this_flash(where, int(model.record_bytes.max(initial=0)))
-    return board_of(unit, flash, (*remarks, *said))
+    return board_of(unit, flash, python_slowness(), (*remarks, *said))
 
 
-def board_of(unit: Unit, flash: Flash, remarks: tuple[str, ...] = ()) -> Board:
+def board_of(unit: Unit, flash: Flash, slowness: float, remarks: tuple[str, ...] = ()) -> Board:
     """This machine with rates that were measured."""
     return Board(
         name=HERE,
@@ -56,7 +56,7 @@ def board_of(unit: Unit, flash: Flash, remarks: tuple[str, ...] = ()) -> Board:
         cpu=unit,
         gpu=None,
         flash=(flash,),
-        slowness=python_slowness(),
+        slowness=slowness,
         remarks=remarks,
         sources=(machine.cpu_name(),),
         measured=True,
@@ -77,8 +77,11 @@ def python_slowness() -> float:
     return float(np.median([look_up() for _ in range(_PASSES)])) / (_LOOKED_UP * _LOOK_UP_S)
 
 
-def measured_unit(model: PlanModel, threads: int | None = None) -> tuple[Unit, tuple[str, ...]]:
-    """The CPU as it multiplies the model's matrices, and remarks on how that was found."""
+def measured_unit(model: PlanModel, n_prompt: int, threads: int | None = None) -> tuple[Unit, tuple[str, ...]]:
+    """The CPU as it multiplies the model's matrices, and remarks on how that was found.
+
+    n_prompt: tokens of a prompt; with few of them experts have a few rows each, which takes longer by row.
+    """
     if not jit.JIT_ENABLED:
         return _SLOW_UNIT, ("nothing is compiled here: rates are guesses",)
     from edgert.devices.threads import ThreadPool
@@ -88,7 +91,7 @@ def measured_unit(model: PlanModel, threads: int | None = None) -> tuple[Unit, t
         of_token = products(model.weights, 1)
         rates = Rates(pool, max(_memory_bytes(model), *(one.matrix.n_bytes + 64 for one in of_token)))
         read = rates.rate(of_token, lambda one: one.matrix.n_bytes)
-        integers, floats = _by_kind(products(model.weights, PROMPT))
+        integers, floats = _by_kind(products(model.weights, min(n_prompt, PROMPT)))
         int8 = rates.rate(integers, lambda one: one.operations) if integers else None
         half = int8 / FLOATS if int8 else rates.rate(floats, lambda one: one.operations)
     finally:

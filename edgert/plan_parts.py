@@ -22,6 +22,8 @@ from edgert.weights import Weights
 
 PROMPT = 512  # tokens, where nobody says
 Kind = Literal["int8", "float"]  # what a part's operations are
+_QUANTISE, _ACTIVATE = 20.0, 30.0  # operations of edgert's kernels an element: largest, scaled, rounded; an exponential
+_SHARING = ("attn_k", "attn_v", "ffn_up", "ffn_gate_inp")  # with the matrix before them, rows that were quantised once
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ def _layer_parts(weights: Weights, n: int, seen: int, numbers: Numbers) -> Itera
         if c.latent and name == "sv_matmul":  # latent vectors are there once, and were read for the scores
             cached = 0.0
         yield Part(name, attending, 2 * scores * head, n * c.n_heads * width * number + cached + moved, "float")
+    if not numbers.nodes:
+        yield from _row_parts(weights, n)
     if c.delta:
         memory = c.delta.d_values * c.delta.d_state
         yield Part("delta_net", layers - attending, 8.0 * n * memory, 2.0 * 4 * memory, "float")
@@ -123,6 +127,24 @@ def _layer_parts(weights: Weights, n: int, seen: int, numbers: Numbers) -> Itera
     wide = n * c.d_model
     yield Part("norm", 2 * layers + 1, 7 * wide, 2 * wide * number, "float")
     yield Part("add", 2 * layers, wide, 2 * wide * number, "float")
+
+
+def _row_parts(weights: Weights, n: int) -> Iterator[Part]:
+    """What edgert does with rows between products, in caches: int8 made of them, and gates' activation function."""
+    c = weights.config
+    quantised = activated = 0
+    names = [(name, 1) for tensors in _matrices(weights).values() for name in tensors]
+    if c.router is not None:
+        names += [(f"blk.{layer}.ffn_{part}_exps.weight", c.router.top_k) for layer in c.expert_layers for part in _FFN]
+    for name, count in names:
+        n_out, n_in = weights.shapes[name][-2:]
+        role = name.split(".")[2]
+        if _kind(weights, name) == "int8" and not role.startswith(_SHARING):
+            quantised += n_in * (count if role.startswith("ffn_down") else 1)
+        if role.startswith("ffn_gate") and role != "ffn_gate_inp":
+            activated += n_out * count
+    yield Part("quantise", 1, _QUANTISE * n * quantised, 0.0, "float")
+    yield Part("activation", 1, _ACTIVATE * n * activated, 0.0, "float")
 
 
 class Product(NamedTuple):

@@ -1,7 +1,7 @@
 """A forecast beside what really happens here: the model run with all experts in RAM, and with half of them on flash.
 
-The machine is measured before and after each run, flash in between, and the forecast is made of that and of the table
-of tensors; for the half, hits are those of the routes that the first run took, replayed.
+The machine is measured before, after and between all runs, for its speed moves within seconds; medians and the table of
+tensors make a forecast. For the half, hits are those of the routes that the first run took, replayed.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgert.bench_experts import flash_rate_of
 from edgert.bench_runner import Runner, Test
-from edgert.boards import Flash, Unit
+from edgert.boards import Board, Flash, Unit
 from edgert.errors import MemoryLimitError, OptionError
+from edgert.experts.choice import Choice, choice_for
 from edgert.experts.trace import Trace
 from edgert.loading import Parts, load_parts
 from edgert.memory import MemoryPlan
 from edgert.needs import record_bytes
 from edgert.plan import Planner, Range, Request
 from edgert.plan_hits import Hits, replayed_hits, usual_hits
-from edgert.plan_machine import board_of, measured_unit
+from edgert.plan_machine import board_of, measured_unit, python_slowness
 from edgert.plan_model import PlanModel
+from edgert.streaming import model_key
 from edgert.weights import Progress
 
 WITHIN = 0.25  # of what is measured, that a forecast should be
 RESIDENCIES = (1.0, 0.5)
-_TOKENS, _WARM, _RUNS = 32, 32, 3
+_TOKENS, _WARM, _RUNS = 32, 32, 5
 _DISTURBED = 0.1  # of a run, for which its threads waited for processors
 
 
@@ -89,25 +91,60 @@ class _Seen:
     hit_rate: float | None
 
 
+class _Machine:
+    """This machine, measured as often as measure() is called; prompts and tokens are each compared with their time."""
+
+    def __init__(self, model: PlanModel, n_prompt: int, threads: int | None) -> None:
+        self.model, self.n_prompt, self.threads = model, n_prompt, threads
+        self._found = list[tuple[Unit, float]]()
+        self._since: dict[str, int] = {}
+
+    def measure(self) -> None:
+        """Once more."""
+        unit, _ = measured_unit(self.model, self.n_prompt, self.threads)
+        self._found.append((unit, python_slowness()))
+
+    def begin(self, what: str) -> None:
+        """What comes now; the measurement just before it counts for it too."""
+        self._since[what] = len(self._found) - 1
+
+    def board(self, what: str, flash: Flash) -> Board:
+        """With medians of what was measured from the beginning of `what` to that of the next."""
+        later = [since for since in self._since.values() if since > self._since[what]]
+        found = self._found[self._since[what] : min(later) + 1 if later else None]
+        units = [unit for unit, _ in found]
+        rates = [(unit.int8_per_s or 0.0, unit.half_per_s, unit.bytes_per_s) for unit in units]
+        int8, half, read = map(statistics.median, zip(*rates, strict=True))
+        unit = replace(units[0], int8_per_s=int8 or None, half_per_s=half, bytes_per_s=read)
+        return board_of(unit, flash, statistics.median(slowness for _, slowness in found))
+
+
 def verify(model: PlanModel, request: Request, progress: Progress, threads: int | None = None) -> list[Compared]:
     """Run the model and compare. OptionError for a model that is on paper."""
     if model.path is None or model.path.suffix == ".json":
         raise OptionError(f"--verify runs the model, but {model.source} holds no weights: name a whole model")
     hits, found, request = usual_hits(model.name), list[Compared](), _fitting(request, model)
     for residency in RESIDENCIES if model.config.router else RESIDENCIES[:1]:
-        progress("measuring this machine", 0.0)
-        before, _ = measured_unit(model, threads)
+        machine = _Machine(model, request.prompt, threads)
         try:
-            seen, memory = _run(model, residency, request, threads, progress)
+            seen, memory = _run(model, residency, request, machine, progress)
         except MemoryLimitError:
             if residency == 1 and model.config.router:
                 continue  # too large for this machine: the half may do
             raise
-        after, _ = measured_unit(model, threads)
         if seen.trace is not None:
-            hits = replayed_hits(seen.trace, "routes of the run with all experts in RAM", _WARM)
-        found += _compare(model, residency, request, (_mean(before, after), seen, memory), hits)
+            hits = _replayed(seen.trace, model.path)
+        found += _compare(model, request, machine, (residency, seen, memory), hits)
     return found
+
+
+def _replayed(trace: Trace, path: Path) -> Hits:
+    """Hits of these routes with the policies that loading will take."""
+
+    def choose(residency: float) -> Choice:
+        return choice_for(trace.model, residency, trace.record_bytes.shape, path) or Choice()
+
+    return replayed_hits(trace, "routes of the run with all experts in RAM", _WARM, choose)
 
 
 def _fitting(request: Request, model: PlanModel) -> Request:
@@ -118,27 +155,29 @@ def _fitting(request: Request, model: PlanModel) -> Request:
 
 
 def _compare(
-    model: PlanModel, residency: float, request: Request, ran: tuple[Unit, _Seen, MemoryPlan], hits: Hits
+    model: PlanModel, request: Request, machine: _Machine, ran: tuple[float, _Seen, MemoryPlan], hits: Hits
 ) -> list[Compared]:
     """Tokens a second, seconds to the first token, and hits."""
-    unit, seen, memory = ran
+    residency, seen, memory = ran
     flash = seen.flash or Flash("of no use", 1e9, 0.0)
-    planner = Planner(model, board_of(unit, flash), request, hits)
-    speed = planner.speed(memory, flash)
+    planners = {what: Planner(model, machine.board(what, flash), request, hits) for what in ("prompts", "tokens")}
+    prompts, tokens = (planner.speed(memory, flash) for planner in planners.values())
     found = [
-        Compared("tokens a second", residency, speed.tokens_per_s, *(1 / one for one in seen.token_s)),
-        Compared("first token, s", residency, speed.ttft_s, *seen.prompt_s),
+        Compared("tokens a second", residency, tokens.tokens_per_s, *(1 / one for one in seen.token_s)),
+        Compared("first token, s", residency, prompts.ttft_s, *seen.prompt_s),
     ]
     if seen.hit_rate is not None:
-        rates = planner.rates(memory.residency)
+        rates = planners["tokens"].rates(memory.residency)
         found.append(Compared("found in RAM", residency, rates, seen.hit_rate))
     return found
 
 
 def _run(
-    model: PlanModel, residency: float, request: Request, threads: int | None, progress: Progress
+    model: PlanModel, residency: float, request: Request, machine: _Machine, progress: Progress
 ) -> tuple[_Seen, MemoryPlan]:
     """Load the model, run prompts and random tokens, and close it."""
+    progress("measuring this machine", 0.0)
+    machine.measure()
     parts = load_parts(
         model.path,
         memory=None,
@@ -147,7 +186,7 @@ def _run(
         prefetch="auto",
         trace=None,
         context=request.context,
-        threads=threads,
+        threads=machine.threads,
         device="auto",
         kv_type=request.kv_type,
         activations="int8",
@@ -155,31 +194,35 @@ def _run(
     )
     with contextlib.closing(parts):
         progress(f"running with {residency:.0%} of the experts in RAM", 0.5)
-        return _measure(parts, request), parts.memory
+        return _measure(parts, request, machine), parts.memory
 
 
-def _measure(parts: Parts, request: Request) -> _Seen:
+def _measure(parts: Parts, request: Request, machine: _Machine) -> _Seen:
     """Prompts, then tokens after the last of them."""
     runner = Runner(parts, warm=_WARM, keep_routes=True)
     prompt = Test("prompt", request.prompt)
     runner.prepare(prompt)
-    prompt_s = _usual(*_timed(runner, prompt))
+    prompts = list[_Timed]()
+    machine.begin("prompts")
+    for _ in range(_RUNS):
+        prompts.append(_timed(runner, prompt))
+        machine.measure()
     tokens = Test("generate", _TOKENS, request.prompt)
     runner.prepare(tokens)
+    machine.begin("tokens")
     rate, flash, alone_s = flash_rate_of(parts.engine.residency), list[float](), list[float]()
-    before = parts.engine.residency.counts
-    seconds, waited = list[float](), list[float]()
+    before, generated = parts.engine.residency.counts, list[_Timed]()
     for _ in range(_RUNS):
         flash += [rate.measure()] if rate is not None else []
         alone_s += [rate.alone()] if rate is not None else []
-        once, of_which = _timed(runner, tokens, 1)
-        seconds, waited = seconds + once, waited + of_which
+        generated.append(_timed(runner, tokens))
+        machine.measure()
     flash += [rate.measure()] if rate is not None else []
     counts = parts.engine.residency.counts - before
-    by_clock, alone = _usual(seconds, waited)
+    by_clock, alone = _usual(generated)
     return _Seen(
         (by_clock / _TOKENS, alone / _TOKENS),
-        prompt_s,
+        _usual(prompts),
         _trace(parts, runner.routes) if rate is None and runner.routes else None,
         _flash(flash, alone_s, int(record_bytes(parts.weights).max(initial=0))) if flash else None,
         counts.hit_rate if rate is not None else None,
@@ -192,22 +235,26 @@ def _flash(rates: Sequence[float], alone_s: Sequence[float], n_bytes: int) -> Fl
     return Flash("in this run", rate, max(0.0, statistics.median(alone_s) - n_bytes / rate))
 
 
-def _usual(seconds: Sequence[float], waited: Sequence[float]) -> tuple[float, float]:
+class _Timed(NamedTuple):
+    """Seconds of a run by the clock, and of those the seconds for which threads waited for a processor."""
+
+    seconds: float
+    waited: float
+
+
+def _usual(runs: Sequence[_Timed]) -> tuple[float, float]:
     """Medians of seconds by the clock, and without waiting for processors."""
-    alone = [max(one - other, one / 100) for one, other in zip(seconds, waited, strict=True)]
-    return statistics.median(seconds), statistics.median(alone)
+    alone = [max(one.seconds - one.waited, one.seconds / 100) for one in runs]
+    return statistics.median(one.seconds for one in runs), statistics.median(alone)
 
 
-def _timed(runner: Runner, test: Test, n_runs: int = _RUNS) -> tuple[list[float], list[float]]:
-    """Seconds of runs by the clock, and of those the seconds for which threads waited for a processor."""
-    seconds, waited = list[float](), list[float]()
+def _timed(runner: Runner, test: Test) -> _Timed:
+    """One run."""
     workers = [one.native_id for one in threading.enumerate() if re.fullmatch("edgert-[0-9]+", one.name)]
     computing = [threading.get_native_id(), *(number for number in workers if number is not None)]
-    for _ in range(n_runs):
-        before = waited_s(computing)
-        seconds.append(runner.run(test).seconds)
-        waited.append(waited_s(computing) - before)
-    return seconds, waited
+    before = waited_s(computing)
+    seconds = runner.run(test).seconds
+    return _Timed(seconds, waited_s(computing) - before)
 
 
 def waited_s(threads: Sequence[int], tasks: Path = Path("/proc/self/task")) -> float:
@@ -222,11 +269,7 @@ def waited_s(threads: Sequence[int], tasks: Path = Path("/proc/self/task")) -> f
 def _trace(parts: Parts, routes: Sequence[Any]) -> Trace:
     """Routes of the tokens that were generated, as they are replayed."""
     ids = np.stack(routes, axis=1)
-    return Trace.without_scores("", record_bytes(parts.weights), ids.astype(np.uint16), np.zeros(ids.shape, np.float16))
-
-
-def _mean(one: Unit, other: Unit) -> Unit:
-    """A unit with the means of their rates."""
-    int8 = ((one.int8_per_s or 0.0) + (other.int8_per_s or 0.0)) / 2
-    halves, read = (one.half_per_s + other.half_per_s) / 2, (one.bytes_per_s + other.bytes_per_s) / 2
-    return replace(one, int8_per_s=int8 or None, half_per_s=halves, bytes_per_s=read)
+    key = model_key(parts.file.metadata, parts.engine.config)
+    return Trace.without_scores(
+        key, record_bytes(parts.weights), ids.astype(np.uint16), np.zeros(ids.shape, np.float16)
+    )

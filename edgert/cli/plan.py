@@ -157,7 +157,7 @@ def make_plans(
     plans = []
     for name in names_of(board):
         progress(f"planning for {name}", 0.5)
-        where = _board(name, subject)
+        where = _board(name, subject, request.prompt)
         plans.append(make_plan(subject, where, request, hits, _budget(memory, where)))
     if len(plans) == 1 and plans[0].refusal:
         raise MemoryLimitError(f"{plans[0].board.title}: {plans[0].refusal}")
@@ -172,14 +172,14 @@ def names_of(boards: str) -> list[str]:
     return names
 
 
-def _board(name: str, subject: PlanModel) -> Board:
+def _board(name: str, subject: PlanModel, n_prompt: int) -> Board:
     from edgert.boards import HERE, board_named
 
     if name != HERE:
         return board_named(name)
     from edgert.plan_machine import this_board
 
-    return this_board(subject)
+    return this_board(subject, n_prompt)
 
 
 def _budget(memory: str | None, board: Board) -> Budget | None:
