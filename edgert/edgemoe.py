@@ -44,11 +44,19 @@ class Alone(NamedTuple):
 
 
 def try_alone(
-    bench: Bench, weights: Weights, states: States, profile: Profile, store: TileStore, trial: Trial, quantiser: str
+    bench: Bench,
+    weights: Weights,
+    states: States,
+    profile: Profile,
+    store: TileStore,
+    trial: Trial,
+    quantiser: str,
+    every: int = 1,
 ) -> Alone:
     """Try every expert alone at the low width, all others at the base. The tiles of both are left in the store.
 
-    What became of each is kept in the bench's folder, so that a kill costs one expert's turn.
+    every: only each so many experts of a layer, other ones in each layer; the others are not a number. What became of
+    each is kept in the bench's folder, so that a kill costs one expert's turn.
     """
     shape, chunks = profile.record_bytes.shape, trial_chunks(profile, _CHUNKS)
     kept = bench.store("alone", profile, quantiser, BASE.name, LOW.name, str(_CHUNKS))
@@ -59,7 +67,7 @@ def try_alone(
         make_tiles(bench, weights, states, bits, store)
     for layer in profile.layers:
         put_layer(trial, weights, base, reader(base, store), layer)
-    places = [(layer, expert) for layer in profile.layers for expert in range(profile.n_expert)]
+    places = [(layer, expert) for layer in profile.layers for expert in range(layer % every, profile.n_expert, every)]
     routed = profile.frequency() > 0
     turns = {place: kept.array("-".join(map(str, place))) for place in places if routed[place]}
     missing = [place for place, turn in turns.items() if turn is None]

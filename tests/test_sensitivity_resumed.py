@@ -89,12 +89,12 @@ def test_errors_and_gains_are_kept_one_by_one_and_for_the_same_formats_and_metho
 
 
 def test_experts_tried_alone_are_kept_one_by_one(model: Path, profile: Profile, tmp_path: Path) -> None:
-    def alone(work: Path, steps: Steps) -> Any:
+    def alone(work: Path, steps: Steps, every: int = 1) -> Any:
         bench = Bench(model, work, steps, options=OPTIONS)
         store = TileStore(work / "tiles", "rtn")
         with load(model, **OPTIONS) as opened, Trial(opened) as trial:
             states = bench.states(opened, profile)
-            return edgemoe.try_alone(bench, weights_of(opened), states, profile, store, trial, "rtn")
+            return edgemoe.try_alone(bench, weights_of(opened), states, profile, store, trial, "rtn", every)
 
     expected = alone(tmp_path / "whole", whole := Steps())
     with suppress(KeyboardInterrupt):
@@ -103,3 +103,7 @@ def test_experts_tried_alone_are_kept_one_by_one(model: Path, profile: Profile, 
     assert rest.count_of(ALONE) == whole.count_of(ALONE) - 3
     assert np.array_equal(found.loss, expected.loss, equal_nan=True)
     assert np.array_equal(found.kl, expected.kl, equal_nan=True) and np.nanmax(found.kl) > 0
+    half = alone(tmp_path / "half", Steps(), 2)
+    tried = np.isfinite(half.kl)
+    assert tried.any(axis=1).all() and tried.sum() < np.isfinite(expected.kl).sum()
+    assert np.array_equal(half.kl[tried], expected.kl[tried])
