@@ -46,9 +46,10 @@ ATTENTION = record(
     "n_heads n_kv_heads d_head d_value n_rotated neox qk_norm norm_late query_norm key_norm window span sinks",
     floats="eps attention_scale",
 )
-# One layer's keys and values (see kv_cache): bytes from head to head and block to block, offsets in a block (values: 0
-# where they are part of the keys), and the addresses of the functions of its type, see kv_cache.functions.
-CACHE = record("address head_bytes block_bytes values key_scales value_scales attend_blocks write")
+# One layer's keys and values (see kv_cache): bytes from head to head and block to block, the number of blocks (number b
+# lies at b modulo that), offsets in a block (values: 0 where they are part of the keys), and the addresses of the
+# functions of its type, see kv_cache.functions.
+CACHE = record("address head_bytes block_bytes n_blocks values key_scales value_scales attend_blocks write")
 # Work space: bytes from thread to thread, and offsets in a thread's share; `factors` is an offset from the address.
 SCRATCH = record("address stride queries ranges scores state block wide key value spare work own_factors parts factors")
 # One call. Rows are float32, strides in floats; angles: (cos, sin) pairs from position `start` on; query_factors: a
@@ -175,14 +176,19 @@ class _Job:
         w.d_head, w.d_value = a.d_head, code.choose(cache.values.equals(0), 0, a.d_value)
         w.values, w.key_scales, w.value_scales = cache.values, cache.key_scales, cache.value_scales
         w.row_bytes = (cache.key_scales - cache.values) // BLOCK
+        first = j.start + first_token
+        place, lane = code.variable(first // BLOCK % cache.n_blocks), code.variable(first % BLOCK)
         with code.loop(first_token, end_token) as t:
-            position, row = j.start + t, j.key + t * j.key_stride * 4
-            w.block = cache.address + kv_head * cache.head_bytes + position // BLOCK * cache.block_bytes
-            w.lane = position % BLOCK
+            row = j.key + t * j.key_stride * 4
+            w.block = cache.address + kv_head * cache.head_bytes + place.value * cache.block_bytes
+            w.lane = lane.value
             self.prepare(row, kv_head, a.key_norm, self.factors + t * 8 + 4, t, w.key)
             value = j.value + (t * j.value_stride + kv_head * a.d_value) * 4
             copy_row(code, value, a.d_value, (a.d_value + 31) // 32 * 32, w.value)
             code.call_address(cache.write, w.location)
+            after = place.value + (lane.value + 1) // BLOCK
+            place.value = code.choose(after.equals(cache.n_blocks), 0, after)
+            lane.value = (lane.value + 1) % BLOCK
 
     def prepare_queries(self, kv_head: Value, first_row: Value, n_rows: Value) -> None:
         """Queries of some rows of a key/value head, row = token * heads per key/value head + head among them."""
@@ -209,6 +215,7 @@ class _Job:
         w.position, w.in_group = self.job.start + first_row // self.group, first_row % self.group
         w.first_block, w.end_block = first_block, end_block
         w.head, w.block_bytes = cache.address + kv_head * cache.head_bytes, cache.block_bytes
+        w.n_blocks = cache.n_blocks
         w.key_scales, w.values, w.value_scales = cache.key_scales, cache.values, cache.value_scales
         w.ranges, w.scores, w.wide = self.own + s.ranges, self.own + s.scores, self.own + s.wide
         w.part, w.state, w.keep_apart = self.own + s.block, self.own + s.state, parts

@@ -48,7 +48,7 @@ RANGE = record("first last")
 # wide_floats. part and state: see part_bytes. All with room for rows_in_registers(n_rows).
 ROWS = record(
     "queries query_stride d_head width n_rows position in_group group window span first_block end_block"
-    " head block_bytes key_scales values value_scales ranges scores wide part state keep_apart",
+    " head block_bytes n_blocks key_scales values value_scales ranges scores wide part state keep_apart",
     floats="scale",
 )
 _LOWEST = float(np.finfo(np.float32).min)  # where a running maximum starts: finite, so that differences are numbers
@@ -218,7 +218,7 @@ class _Blocks:
         code, rows = self.code, self.rows
         part = code.variable(rows.part)
         with code.loop(rows.first_block, rows.end_block) as number:
-            block = rows.head + number * rows.block_bytes
+            block = rows.head + number % rows.n_blocks * rows.block_bytes
             _set_ranges(code, rows, number)
             self.weigh(block, part.value)
             with code.when(self.added):

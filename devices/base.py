@@ -156,16 +156,23 @@ class Cache(Protocol):
 
     @property
     def has_states(self) -> bool:
-        """Whether there are any of the latter."""
+        """Whether there are any of the latter: only where a step ends can they be kept."""
 
-    def begin(self, start: int) -> None:
+    @property
+    def forgets(self) -> bool:
+        """Whether there are positions that cannot be come back to."""
+
+    def begin(self, start: int, n_tokens: int) -> None:
         """A step begins at position `start`: 0, where the last one ended, or what `rewind` returned."""
 
     def end(self, position: int) -> None:
         """The step is done; the next one begins at `position`."""
 
-    def keep(self, spare: int | None = None) -> None:
-        """Make this a position that `rewind` can come back to, in the place of an older one other than `spare`."""
+    def keep(self, spare: int | None = None, position: int | None = None) -> None:
+        """Make this a position that `rewind` can come back to, in the place of an older one other than `spare`.
+
+        position: one of the last step instead, where there are no states.
+        """
 
     def rewind(self, n: int) -> int:
         """Go back to the position n, or one before it that can be come back to; which one."""

@@ -252,8 +252,8 @@ class CpuDevice:
         step["kept_stride"] = shape[1]
 
     def new_cache(self, n_context: int, kv_type: str) -> KvCache:
-        """A key/value cache for `n_context` positions."""
-        return KvCache(self.config, n_context, kv_type)
+        """A key/value cache for `n_context` positions, and for steps of this device's chunk."""
+        return KvCache(self.config, n_context, kv_type, self.chunk)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
     def begin(self, embeddings: Floats) -> None:
@@ -270,6 +270,7 @@ class CpuDevice:
         """Set the jobs of attention for the tokens from position `start` on."""
         n = self._n_tokens
         assert 0 <= start and start + n <= min(cache.n_context, self.n_context), (start, n)
+        assert cache.chunk is None or n <= cache.chunk, (n, cache.chunk)
         self._mixers.at(cache, start, n)
 
     def run_layers(

@@ -7,6 +7,8 @@ that a score needs no sum across lanes; values (64, d_value rounded up to 16); a
 Of latent attention, whose values are the last dimensions of its keys, there are keys alone: with int8 if these
 dimensions begin with a scale of their own, for else the integers would not be the same.
 
+Of a layer that sees only the last positions there is a ring of blocks, if that takes less: see rings.py.
+
 f16 and f32 hold numbers as such. int8 is lossy, at 8.5 bits a number: 32 dimensions of one position and head share a
 scale, the largest magnitude over 127 rounded to a half float. It is asked for by name, never chosen by default.
 """
@@ -17,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from edgert.devices.rings import BLOCK, KEPT, Length, Ring, Rings, length_of, reach_of
 from edgert.devices.states import States, WithStates, states_bytes
 from edgert.errors import OptionError
 from edgert.types import ModelConfig
 
-BLOCK = 64  # positions; attention_blocks.BLOCK is the same number
 GROUP = 32  # dimensions that share a scale; attention_blocks.GROUP is the same number
 KV_TYPES = {"f16": 2, "f32": 4, "int8": 1}  # bytes of one number
 
@@ -56,39 +58,39 @@ def _block_offsets(config: ModelConfig, kv_type: str) -> tuple[int, int, int, in
     return ends[0], ends[1], ends[2], ends[3]
 
 
-def cache_bytes(config: ModelConfig, n_context: int, kv_type: str) -> int:
-    """Bytes of the keys and values of n_context positions in layers that attend, and of the states of the others."""
+def cache_bytes(config: ModelConfig, n_context: int, kv_type: str, chunk: int | None = None) -> int:
+    """Bytes of the keys and values of n_context positions in layers that attend, and of the states of the others.
+
+    chunk: most tokens of a step, where layers that see only the last positions keep rings; None: they keep all.
+    """
     check_kv_type(kv_type)
-    return len(config.attending_layers) * _layer_bytes(config, n_context, kv_type) + states_bytes(config)
+    lengths = _lengths(config, n_context, chunk).values()
+    n_blocks = sum(length.n_blocks + KEPT * length.n_kept for length in lengths)
+    return n_blocks * config.n_kv_heads * _block_offsets(config, kv_type)[3] + states_bytes(config)
 
 
-def _layer_bytes(config: ModelConfig, n_context: int, kv_type: str) -> int:
-    return config.n_kv_heads * -(-n_context // BLOCK) * _block_offsets(config, kv_type)[3]
+def _lengths(config: ModelConfig, n_context: int, chunk: int | None) -> dict[int, Length]:
+    """How many blocks each layer has that attends."""
+    return {index: length_of(config.layer(index), n_context, chunk) for index in config.attending_layers}
 
 
 class KvCache(WithStates):
     """Keys and values of one sequence, all layers.
 
     records: CACHE (n_layers,), what the compiled code must know of each layer; the functions that read and write this
-    type, and no others, are compiled when it is made.
+    type, and no others, are compiled when it is made. chunk: as for cache_bytes; no step may have more tokens.
     """
 
-    def __init__(self, config: ModelConfig, n_context: int, kv_type: str) -> None:
+    def __init__(self, config: ModelConfig, n_context: int, kv_type: str, chunk: int | None = None) -> None:
         from edgert.devices import attention  # see functions()
         from edgert.quant.records import address_of
 
-        self.n_context, self.kv_type, self.states = n_context, kv_type, States(config)
-        self.n_bytes = cache_bytes(config, n_context, kv_type)
-        attending, layer_bytes = config.attending_layers, _layer_bytes(config, n_context, kv_type)
-        self._memory = np.zeros(len(attending) * layer_bytes + 64, np.uint8)
+        self.n_context, self.kv_type, self.chunk = n_context, kv_type, chunk
+        self.n_bytes = cache_bytes(config, n_context, kv_type, chunk)
         values, key_scales, value_scales, block = _block_offsets(config, kv_type)
-        n_blocks = -(-n_context // BLOCK)
         self.records = np.zeros(config.n_layers, attention.CACHE)
         attend, write = functions(config, kv_type)
-        first = -self._memory.ctypes.data % 64 + self._memory.ctypes.data
-        self.records["address"][attending] = first + np.arange(len(attending)) * layer_bytes
         for name, value in (
-            ("head_bytes", n_blocks * block),
             ("block_bytes", block),
             ("values", 0 if is_once(config, kv_type) else values),
             ("key_scales", key_scales),
@@ -97,3 +99,20 @@ class KvCache(WithStates):
             ("write", address_of(write, 1)),
         ):
             self.records[name] = value
+        self.states = States(config, Rings(self._allocate(config, _lengths(config, n_context, chunk), block)))
+
+    def _allocate(self, config: ModelConfig, lengths: dict[int, Length], block: int) -> list[Ring]:
+        """Make room for all layers, and tell the records; the rings among them."""
+        heads, rings = config.n_kv_heads, []
+        self._memory = np.zeros(sum(length.n_blocks for length in lengths.values()) * heads * block + 64, np.uint8)
+        end = -self._memory.ctypes.data % 64
+        for index, (n_blocks, n_kept) in lengths.items():
+            first, end = end, end + heads * n_blocks * block
+            record = self.records[index]
+            record["address"], record["n_blocks"] = self._memory.ctypes.data + first, n_blocks
+            record["head_bytes"] = n_blocks * block
+            if n_kept:
+                blocks = self._memory[first:end].reshape(heads, n_blocks, block)
+                kept = np.zeros((KEPT, heads, n_kept, block), np.uint8)
+                rings.append(Ring(reach_of(config.layer(index)), blocks, kept))
+        return rings

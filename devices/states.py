@@ -1,7 +1,8 @@
 """States that pass from token to token beside keys and values: of short convolutions and of gated delta nets.
 
 Keys of tokens that are taken back are simply written over. A state cannot be cut back: it is kept at some positions,
-and a text that goes on from elsewhere goes back to the last of these, from where tokens are computed again.
+and a text that goes on from elsewhere goes back to the last of these, from where tokens are computed again. So it is
+with rings of keys and values (see rings.py), further back than they still hold.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edgert.devices.rings import KEPT, Rings
 from edgert.types import Floats, ModelConfig
-
-KEPT = 2  # states of earlier positions that are kept: see Engine.prompt
 
 
 class StatePlace(NamedTuple):
@@ -51,10 +51,11 @@ def states_bytes(config: ModelConfig) -> int:
 
 
 class States:
-    """The states of one sequence, after `position` tokens."""
+    """The states of one sequence, after `position` tokens, and what it takes to bring its rings back there."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rings: Rings | None = None) -> None:
         self._places, n = places(config)
+        self._rings = Rings() if rings is None else rings
         self._all = np.zeros((KEPT + 1, n + 16), np.float32)
         first = -self._all.ctypes.data % 64 // 4
         self.now: Floats = self._all[0, first : first + n]
@@ -63,6 +64,11 @@ class States:
 
     def __bool__(self) -> bool:
         return self.now.size > 0
+
+    @property
+    def forget(self) -> bool:
+        """Whether there are positions that cannot be come back to."""
+        return bool(self) or bool(self._rings)
 
     def address(self, layer: int, part: str) -> int:
         """Address of the `inputs` or the `memory` of a layer."""
@@ -81,33 +87,50 @@ class States:
         assert place is not None
         return self.now[place.memory : place.memory + place.n_memory]
 
-    def begin(self, start: int) -> None:
+    def begin(self, start: int, n_tokens: int) -> None:
         """A step begins at position `start`, which must be one that `rewind` has returned, 0 or where it stands."""
-        if self and self._position != start and self.rewind(start) != start:
+        if self._position != start and self.rewind(start) != start:
             raise RuntimeError(f"a step at position {start}, but the states are after {self._position} tokens")
         self._position = None
+        self._rings.write(start + n_tokens)
 
     def end(self, position: int) -> None:
         """The step is done."""
         self._position = position
 
-    def keep(self, spare: int | None = None) -> None:
-        """Keep the present states, so that `rewind` can come back here; the oldest other than `spare` are given up."""
-        if not self or not self._position or self._position in self._kept:
+    def keep(self, spare: int | None = None, position: int | None = None) -> None:
+        """Keep the present states, so that `rewind` can come back here; the oldest other than `spare` are given up.
+
+        position: another one to come back to, of the last step; only where no states pass, and rings still hold it.
+        """
+        position = self._position if position is None else position
+        if not self.forget or not position or position in self._kept:
             return
+        if position != self._position and (self or position < self._rings.back):
+            raise RuntimeError(f"position {position} cannot be kept after {self._position} tokens")
         if len(self._kept) == KEPT:
-            del self._kept[min(position for position in self._kept if position != spare)]
+            del self._kept[min(other for other in self._kept if other != spare)]
         row = next(row for row in range(1, KEPT + 1) if row not in self._kept.values())
         self._all[row, : self.now.size] = self.now
-        self._kept[self._position] = row
+        self._rings.keep(row - 1, position)
+        self._kept[position] = row
 
     def rewind(self, n: int) -> int:
         """Go back to the states after n tokens, or fewer: how many."""
-        if not self or n == self._position:
+        if not self.forget or n == self._position:
             return n
         self._kept = {position: row for position, row in self._kept.items() if position <= n}
+        if not self and n >= self._rings.back:
+            self._position = n
+            return n
         self._position = max(self._kept, default=0)
-        self.now[:] = self._all[self._kept[self._position], : self.now.size] if self._kept else 0
+        if self._kept:
+            row = self._kept[self._position]
+            self.now[:] = self._all[row, : self.now.size]
+            self._rings.restore(row - 1, self._position)
+        else:
+            self.now[:] = 0
+            self._rings.clear()
         return self._position
 
 
@@ -115,14 +138,15 @@ class WithoutStates:
     """What a cache says that has none; see devices.base.Cache."""
 
     has_states = False
+    forgets = False
 
-    def begin(self, start: int) -> None:
+    def begin(self, start: int, n_tokens: int) -> None:
         """Nothing is to be prepared."""
 
     def end(self, position: int) -> None:
         """Nothing is to be noted."""
 
-    def keep(self, spare: int | None = None) -> None:
+    def keep(self, spare: int | None = None, position: int | None = None) -> None:
         """Any position can be come back to."""
 
     def rewind(self, n: int) -> int:
@@ -140,17 +164,22 @@ class WithStates:
         """Whether there are any."""
         return bool(self.states)
 
-    def begin(self, start: int) -> None:
+    @property
+    def forgets(self) -> bool:
+        """Whether there are positions that cannot be come back to."""
+        return self.states.forget
+
+    def begin(self, start: int, n_tokens: int) -> None:
         """A step begins at position `start`."""
-        self.states.begin(start)
+        self.states.begin(start, n_tokens)
 
     def end(self, position: int) -> None:
         """The step is done."""
         self.states.end(position)
 
-    def keep(self, spare: int | None = None) -> None:
-        """Make this a position that `rewind` can come back to, and let `spare` stay one."""
-        self.states.keep(spare)
+    def keep(self, spare: int | None = None, position: int | None = None) -> None:
+        """Make this, or a `position` of the last step, one that `rewind` can come back to; let `spare` stay one."""
+        self.states.keep(spare, position)
 
     def rewind(self, n: int) -> int:
         """Go back to the position n, or one before it that was kept; which one."""

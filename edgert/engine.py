@@ -33,7 +33,8 @@ class Session:
     def trim(self, tokens: Sequence[int]) -> int:
         """Keep the longest common prefix with `tokens`, but never all of them: the last is computed to be answered.
 
-        Less is kept where the model has states that pass from token to token: up to one that was kept.
+        Less is kept where the model has states that pass from token to token, or sees only the last positions: up to a
+        position that was kept.
         """
         same = 0
         for ours, theirs in zip(self.tokens, tokens[: len(tokens) - 1], strict=False):
@@ -43,7 +44,7 @@ class Session:
         return self.cut(same)
 
     def cut(self, n: int) -> int:
-        """Keep the first n tokens, or fewer where the model's states can only go back further; how many."""
+        """Keep the first n tokens, or fewer where the cache can only go back further; how many."""
         kept = self.cache.rewind(min(n, len(self.tokens)))
         del self.tokens[kept:]
         return kept
@@ -70,7 +71,7 @@ class Engine:
         if self.pace:
             self.pace()
         start, layer, n_layers = len(session.tokens), 0, self.config.n_layers
-        session.cache.begin(start)
+        session.cache.begin(start, len(tokens))
         self.residency.begin(len(tokens))
         self.device.begin(self.embed(tokens))  # (n_tokens, d_model)
         while (layer := self._run_layers(session, start, layer)) < n_layers:
@@ -115,19 +116,21 @@ class Engine:
             yield len(part)
 
     def prompt(self, tokens: Sequence[int], session: Session, keep: Sequence[int] = ()) -> Iterator[int]:
-        """As prefill, of a text that others may come back to: a session's states are kept where it begins and ends.
+        """As prefill, of a text that others may come back to: what that takes is kept where it begins and ends.
 
         keep: the lengths of what others will begin with, counted from the session's first token, ascending, the surest
-        first; by default they come back with the same text, and need the states before its last token.
+        first; by default they come back with the same text, and need what was before its last token.
         """
-        start, done, spare = len(session.tokens), 0, keep[0] if keep else None
-        session.cache.keep(spare)
-        for end in keep or (start + len(tokens) - 1,):
-            if session.cache.has_states and done < end - start < len(tokens):
-                yield from self.prefill(tokens[done : end - start], session)
-                session.cache.keep(spare)
-                done = end - start
-        yield from self.prefill(tokens[done:], session)
+        cache, start, spare = session.cache, len(session.tokens), keep[0] if keep else None
+        end = start + len(tokens)
+        cache.keep(spare)
+        marks = [n for n in keep or (end - 1,) if start < n < end]
+        for stop in (*marks, end) if cache.has_states else (end,):  # states are kept only where a step ends
+            for n in self.prefill(tokens[len(session.tokens) - start : stop - start], session):
+                for mark in marks:
+                    if 0 <= len(session.tokens) - mark < n:
+                        cache.keep(spare, mark)
+                yield n
 
     def last_logits(self, n_rows: int) -> Floats:
         """Logits (n_vocab,) of the last of the `n_rows` tokens of the step just run; valid until the next call."""

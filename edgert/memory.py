@@ -237,8 +237,8 @@ class Needs:
     """What a model takes, in bytes, before it is decided which of its experts stay in RAM."""
 
     hot: int
-    kv: int
-    work: Mapping[int, int]  # most tokens of a step (a chunk) -> work space
+    kv: Mapping[int, int]  # most tokens of a step (a chunk) -> keys and values: layers that see a window have a ring
+    work: Mapping[int, int]  # likewise -> work space
     tokenizer: int
     context: int
     kv_type: str
@@ -259,6 +259,10 @@ class Needs:
         """The smallest expert buffer: the experts of one token in one layer, and one that arrives."""
         return min((self.top_k + 1) * self.record, self.cold) if self.streams else 0
 
+    def step_bytes(self, chunk: int) -> int:
+        """What depends on the chunk: keys, values and work space."""
+        return self.kv[chunk] + self.work[chunk]
+
     def floor(self) -> MemoryPlan:
         """The smallest plan that runs."""
         return self.plan(min(self.work), self.least_slots)
@@ -271,7 +275,7 @@ class Needs:
             hot=self.hot,
             cold=0 if slots else int(self.cold * (self.beside or 1)),
             forms=int(slots * self.beside),
-            kv=self.kv,
+            kv=self.kv[chunk],
             work=self.work[chunk],
             loading=self.loading,
             context=self.context,
@@ -288,9 +292,8 @@ class Needs:
 def plan_memory(needs: Needs, budget: Budget, *, residency: float | None = None) -> MemoryPlan:
     """Which experts stay in RAM, and how many tokens a step takes.
 
-    All of them if they fit; else the longest chunk whose work space takes at most a quarter of what the shortest leaves
-    (a prompt reads all experts once a chunk), and the rest is expert buffer. residency: the share of the experts to
-    hold instead.
+    All of them if they fit; else the longest chunk that takes at most a quarter of what the shortest leaves (a prompt
+    reads all experts once a chunk), and the rest is expert buffer. residency: the share of the experts to hold instead.
     MemoryLimitError: below the floor.
     """
     lowest = needs.floor()
@@ -307,19 +310,19 @@ def plan_memory(needs: Needs, budget: Budget, *, residency: float | None = None)
         if not fitting and residency is not None:
             raise _too_much(needs.plan(min(needs.work)), residency, limit)
         plan = fitting[-1] if fitting else _streamed(needs, limit)
-    return replace(plan, floor=floor, warning=_warning(plan, max(needs.work.values()), budget))
+    return replace(plan, floor=floor, warning=_warning(plan, max(map(needs.step_bytes, needs.work)), budget))
 
 
 def _streamed(needs: Needs, limit: int) -> MemoryPlan:
     """As many experts in RAM as fit beside the rest."""
-    least = needs.work[min(needs.work)]
+    least = needs.step_bytes(min(needs.work))
     floor, share = needs.floor(), 1 + needs.beside
     experts = floor.slots + floor.forms
-    left = limit - floor.total + experts + least  # for experts and work space
+    left = limit - floor.total + experts + least  # for experts, keys, values and work space
     more = left - least  # what the shortest chunk leaves
     most = least + max(0, min(more // _CHUNK_SHARE, more - experts))
-    chunk = max(chunk for chunk, work in needs.work.items() if work <= most)
-    return needs.plan(chunk, min(int((left - needs.work[chunk]) / share), needs.cold))
+    chunk = max(chunk for chunk in needs.work if needs.step_bytes(chunk) <= most)
+    return needs.plan(chunk, min(int((left - needs.step_bytes(chunk)) / share), needs.cold))
 
 
 def _at_residency(needs: Needs, residency: float, limit: int) -> MemoryPlan:
@@ -335,15 +338,15 @@ def _at_residency(needs: Needs, residency: float, limit: int) -> MemoryPlan:
     return fitting[-1]
 
 
-def _warning(plan: MemoryPlan, most_work: int, budget: Budget) -> str:
-    """What a person should know about a plan that runs, or nothing."""
+def _warning(plan: MemoryPlan, most_step: int, budget: Budget) -> str:
+    """What a person should know about a plan that runs, or nothing. most_step: bytes of the longest step."""
     if not plan.slots:
         return ""
     found = []
     if budget.stated is not None and budget.n_bytes < budget.stated - budget.taken:
         found.append(f"only {mib(budget.free)} MiB of {budget.named} are available")
     if plan.slots < plan.working_set:
-        enough = budget.option(plan.total - plan.slots + plan.working_set - plan.work + most_work)
+        enough = budget.option(plan.total - plan.slots + plan.working_set - plan.kv - plan.work + most_step)
         found.append(
             f"the expert buffer of {mib(plan.slots)} MiB is below one working set, the {mib(plan.working_set)} MiB of "
             f"experts that a token needs: most are read from flash for every token; --memory {enough} holds one"

@@ -106,6 +106,7 @@ class Model:
         self.memory: MemoryPlan = parts.memory  # what goes where, and a warning if it is tight
         self.skipped: str = skipped(self.config)  # what of the file is not run, in a line; mostly empty
         self.n_context: int = parts.session.cache.n_context
+        self._forgets = parts.session.cache.forgets
         self._parts: Parts | None = parts  # None once closed
         self._turn = Turn()
         self._stream: weakref.ref[Stream] | None = None  # the one that has the turn, or had it last
@@ -242,7 +243,7 @@ class Model:
         request = self._request(ids, (sampling or self.defaults).changed(**options), logprobs)
         request.splitter = self.template.splitter(ids)
         request.shown = self.template.call_marks if tools else ()
-        if self.config.mixers() != {"attention"}:  # elsewhere any position can be come back to
+        if self._forgets:  # elsewhere any position can be come back to
             request.keep = self.template.lasting(ids, messages, tools=tools, **(variables or {}))
         answer = self._answer(request, max_tokens, stop)
         return request.handed_out(answer) if stream else answer.finish()

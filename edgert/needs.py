@@ -42,7 +42,8 @@ def needs(
     that may be taken; None: as many as it takes.
     OptionError for an unknown kv_type; MemoryLimitError: too few of the card's.
     """
-    found = _on_cpu(weights, n_context, kv_type, threads, activations)
+    rings = device is None or device.attention == "cpu"  # others keep all positions
+    found = _on_cpu(weights, n_context, kv_type, threads, activations, rings)
     if device is None or not device.onnx:
         return found
     with_onnx = _with_onnx(found, weights, n_context, kv_type, device)
@@ -55,8 +56,8 @@ def _with_card(needed: Needs, on_cpu: Needs, config: ModelConfig, device: Select
     """Of needs in one memory those that are the machine's where a card has its own: experts fill what is left of it."""
     taken = 0
     if device.on_card("attention"):
-        taken = needed.hot + needed.kv + max(needed.work.values())
-        needed = replace(needed, hot=0, kv=0)
+        taken = needed.hot + max(map(needed.step_bytes, needed.work))
+        needed = replace(needed, hot=0, kv=dict.fromkeys(needed.kv, 0))
     n_hot, n_expert = None, config.router.n_expert if config.router else 0
     if device.on_card("experts") and n_expert:
         row = int(on_cpu.cold * needed.beside) // n_expert  # one expert of each layer
@@ -124,8 +125,10 @@ def _verifying(weights: Weights, record: int, threads: int | None) -> int:
     return onnx_memory.verifying_bytes(weights.config, max(layers.values()), head, record, n_threads)
 
 
-def _on_cpu(weights: Weights, n_context: int, kv_type: str, threads: int | None, activations: str) -> Needs:
-    """What the CPU device will take."""
+def _on_cpu(
+    weights: Weights, n_context: int, kv_type: str, threads: int | None, activations: str, rings: bool
+) -> Needs:
+    """What the CPU device will take. rings: whether layers that see only the last positions keep rings."""
     from edgert.devices import buffers, cpu, work_space
     from edgert.devices.cores import choose_threads
 
@@ -153,7 +156,7 @@ def _on_cpu(weights: Weights, n_context: int, kv_type: str, threads: int | None,
     hot = [name for name in in_ram if not weights.is_cold(name)]
     return Needs(
         hot=sum(map(weights.bytes_of, hot)),
-        kv=cache_bytes(config, n_context, kv_type),
+        kv={chunk: cache_bytes(config, n_context, kv_type, chunk if rings else None) for chunk in _CHUNKS},
         work=work,
         tokenizer=WORD_BYTES * (config.n_vocab + n_merges),
         context=n_context,

@@ -140,7 +140,7 @@ def _needs_of(profile: Profile, config: ModelConfig) -> Needs | None:
     work = work_bytes(config, context, choose_threads().n_threads, float_hidden=False, chunk=_CHUNK)
     return Needs(
         hot=hot,
-        kv=cache_bytes(config, context, _KV_TYPE),
+        kv={_CHUNK: cache_bytes(config, context, _KV_TYPE, _CHUNK)},
         work={_CHUNK: work},
         tokenizer=WORD_BYTES * words,
         context=context,

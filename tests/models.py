@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from edgert.devices.cpu import CpuDevice
 from edgert.engine import Engine, Session
 from edgert.experts.residency import AllResident
 from edgert.storage.gguf_file import GgufFile
+from edgert.types import ModelConfig
 from edgert.weights import Weights
 
 HERE = Path(__file__).resolve().parent
@@ -49,10 +51,11 @@ def engine_of(
     threads: int = 2,
     n_context: int = 256,
     device: Any = CpuDevice,
+    change: Callable[[ModelConfig], ModelConfig] = lambda config: config,
 ) -> tuple[Engine, Session]:
     """An engine over a model file, and an empty session."""
     with GgufFile.open(path) as file:
-        config = read_config(file.metadata, str(path))
+        config = change(read_config(file.metadata, str(path)))
         weights = Weights(file, config, decode_to_f32=activations == "f32")
         made = device(
             config, n_context, threads=threads, activations=activations, rope_divisors=weights.rope_divisors(n_context)

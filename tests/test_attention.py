@@ -76,6 +76,7 @@ class Layer:
         kind: LayerConfig | int,
         threads: int,
         seed: int = 0,
+        chunk: int | None = None,
     ) -> None:
         self.kind = kind if isinstance(kind, LayerConfig) else LayerConfig(window=kind)
         self.c, self.threads, self.memory = config, threads, Guarded()
@@ -89,10 +90,14 @@ class Layer:
         self.sinks = random.standard_normal(config.n_heads).astype(np.float32) if config.sinks else None
         norms = [self.memory.floats(norm, 16).ctypes.data for norm in self.norms]
         self.angles = rope_angles(config, n_context, None)
-        self.cache = KvCache(config, n_context, kv_type)
+        laid = replace(config, layers=(self.kind,))
+        self.cache = KvCache(laid, n_context, kv_type, chunk)
         self.oracle = reference.ReferenceCache(config, n_context, kv_type)
-        assert self.cache.n_bytes == self.oracle.n_bytes == kv_cache.cache_bytes(config, n_context, kv_type)
-        moved = self.memory.bytes(self.cache.n_bytes)  # the cache too ends where memory ends
+        assert self.cache.n_bytes == kv_cache.cache_bytes(laid, n_context, kv_type, chunk)
+        assert self.oracle.n_bytes == kv_cache.cache_bytes(config, n_context, kv_type)
+        n_bytes = config.n_kv_heads * int(self.cache.records["head_bytes"][0])
+        assert chunk is not None or n_bytes == self.cache.n_bytes
+        moved = self.memory.bytes(n_bytes)  # the cache too ends where memory ends
         moved[:] = random.choice([0, 0x7E], moved.size) if kv_type == "int8" else 0x7C  # what was there before
         self.cache.records["address"] += moved.ctypes.data - self.cache.records["address"][0]
         self.layer = np.zeros(1, attention.ATTENTION)
@@ -226,6 +231,30 @@ def test_one_token_far_into_a_text(kv_type: str, group: int, heads: int, window:
     expected = [layer.reference(*(each[t : t + 1] for each in rows), t) for t in (n - 2, n - 1)]
     for answer in answers:
         assert (np.array(answer) == np.array(expected)).all()
+
+
+@pytest.mark.parametrize("kv_type", kv_cache.KV_TYPES)
+@settings(max_examples=15)
+@given(
+    shapes,
+    st.integers(1, 150),
+    st.booleans(),
+    st.lists(st.integers(1, 100), min_size=1, max_size=3),
+    st.sampled_from(THREADS),
+    st.integers(0, 2**20),
+)
+def test_a_ring_gives_what_all_positions_give(
+    kv_type: str, c: ModelConfig, reach: int, spans: bool, sizes: list[int], threads: int, seed: int
+) -> None:
+    """Round it more than once, whatever is seen of it and however much is added at a time."""
+    n, chunk = 900 + seed % 60, max(*sizes, 16)
+    kind = LayerConfig(span=reach, window=seed % 2 * 2 * reach) if spans else LayerConfig(window=reach)
+    ring, whole = (Layer(c, n + seed % 3, kv_type, kind, threads, seed, most) for most in (chunk, None))
+    assert 2 * ring.cache.records["n_blocks"][0] < whole.cache.records["n_blocks"][0] == -(-ring.n_context // 64)
+    rows = rows_of(c, n, seed)
+    for part in chunks(n, [*sizes, chunk]):
+        chunk_rows = tuple(each[part] for each in rows)
+        assert (ring.run(*chunk_rows, part.start) == whole.run(*chunk_rows, part.start)).all(), part
 
 
 @pytest.mark.parametrize("kv_type", kv_cache.KV_TYPES)

@@ -20,7 +20,7 @@ MIB = 1 << 20
 PROCESS = PROCESS_BYTES // MIB
 NEEDS = Needs(
     hot=850 * MIB,
-    kv=128 * MIB,
+    kv={32: 128 * MIB, 512: 128 * MIB},
     work={32: 12 * MIB, 512: 100 * MIB},
     tokenizer=30 * MIB,
     context=512,
@@ -179,7 +179,7 @@ def test_a_model_that_cannot_stream_needs_all_of_it() -> None:
 
 
 def test_a_small_model_still_has_to_start() -> None:
-    tiny = replace(NEEDS, hot=MIB, kv=MIB, tokenizer=MIB, cold=0, streams=False)
+    tiny = replace(NEEDS, hot=MIB, kv=dict.fromkeys(NEEDS.kv, MIB), tokenizer=MIB, cold=0, streams=False)
     with pytest.raises(MemoryLimitError, match="while it starts; use --memory") as refused:
         plan_memory(tiny, stated(STARTING_BYTES // MIB - 1))
     assert "--context" not in str(refused.value)
@@ -208,13 +208,14 @@ def test_more_than_is_there_is_said() -> None:
     st.integers(1, 2048), st.integers(1, 900), min_size=1, max_size=4))  # fmt: skip
 def test_a_plan_never_exceeds_its_budget(budget: int, cold: int, chunks: dict[int, int]) -> None:
     work = {chunk: n_mib * MIB for chunk, n_mib in chunks.items()}
-    needs = replace(NEEDS, cold=cold * MIB, work=work)
+    kv = {chunk: (128 + chunk // 32) * MIB for chunk in chunks}
+    needs = replace(NEEDS, cold=cold * MIB, kv=kv, work=work)
     try:
         plan = plan_memory(needs, stated(budget))
     except MemoryLimitError:
         assert budget * MIB < needs.floor().total
         return
-    assert plan.total <= budget * MIB and plan.work == work[plan.chunk]
+    assert plan.total <= budget * MIB and (plan.kv, plan.work) == (kv[plan.chunk], work[plan.chunk])
     assert plan.cold or plan.slots >= needs.least_slots
     if plan.slots:
         assert plan.slots <= needs.cold and needs.plan(min(work)).total > budget * MIB
@@ -323,7 +324,7 @@ def test_lazy_modules_of_others_are_not_woken(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_who_streams_experts_through_sessions_is_told_what_that_takes() -> None:
-    needs = Needs(10 << 20, 0, {32: 1 << 20}, 0, 64, "f16", cold=900 << 20, record=1 << 20, top_k=2, streams=True)
+    needs = Needs(10 << 20, {32: 0}, {32: 1 << 20}, 0, 64, "f16", cold=900 << 20, record=1 << 20, top_k=2, streams=True)
     budget = Budget(600 << 20, 600 << 20, 4 << 30)
     assert "session" not in plan_memory(needs, budget).warning
     assert re.search(r"session for each.*experts=cpu", plan_memory(replace(needs, beside=2.0), budget).warning)

@@ -181,6 +181,15 @@ def test_a_window_is_planned_for() -> None:
         assert part.count == 24 and part.operations == 2 * 64 * 64 * seen and part.n_bytes == 2 * 8 * 64 * seen
 
 
+def test_of_a_window_only_a_ring_is_kept() -> None:
+    """gpt-oss-20b at all its positions: 12 layers keep 2 KiB of each, 12 no more than steps and what is kept take."""
+    needed, position = open_plan_model("gpt-oss-20b").needs(131072, "f16", 4), 2 * 8 * 64 * 2
+    for chunk in needed.work:
+        blocks = (127 + chunk + 62) // 64 + 1 + 2 * 3
+        assert needed.kv[chunk] == needed.plan(chunk).kv == 12 * position * (131072 + 64 * blocks)
+    assert needed.floor().kv < needed.plan(512).kv < 0.51 * 24 * position * 131072
+
+
 @given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 4096))
 def test_distinct_experts_lie_between_top_k_and_all(n_expert: int, top_k: int, n_tokens: int) -> None:
     top_k = min(top_k, n_expert)

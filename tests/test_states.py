@@ -18,7 +18,8 @@ from edgert.cli.session import Session as Chat
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.kv_cache import cache_bytes
 from edgert.devices.reference import ReferenceDevice
-from edgert.devices.states import KEPT, States, places, states_bytes
+from edgert.devices.rings import KEPT
+from edgert.devices.states import States, places, states_bytes
 from edgert.engine import Engine, Session
 from edgert.sampling import Sampling
 from edgert.storage.gguf_file import GgufFile
@@ -109,21 +110,21 @@ def test_a_step_elsewhere_is_refused_and_the_beginning_is_not() -> None:
 def test_states_are_kept_where_asked_and_the_oldest_is_given_up() -> None:
     states = States(config_of("qwen3next-f32"))
     for position in range(1, 6):
-        states.begin(position - 1)
+        states.begin(position - 1, 1)
         states.now[:] = position
         states.end(position)
         states.keep()
     assert states.rewind(5) == 5 and (states.now == 5).all()
     assert states.rewind(4) == 4 and (states.now == 4).all()
     assert states.rewind(3) == 0 and (states.now == 0).all()
-    states.begin(0)
+    states.begin(0, 1)
     assert states.rewind(3) == 0  # a step that did not end
 
 
 def test_states_that_are_spared_stay() -> None:
     states = States(config_of("qwen3next-f32"))
     for position in range(1, 6):
-        states.begin(position - 1)
+        states.begin(position - 1, 1)
         states.now[:] = position
         states.end(position)
         states.keep(spare=2)
@@ -135,7 +136,7 @@ def test_what_models_without_states_keep() -> None:
     states = States(config)
     assert not states and states_bytes(config) == 0 and states.rewind(7) == 7
     states.keep()
-    states.begin(3)
+    states.begin(3, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
