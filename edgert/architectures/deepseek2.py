@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from edgert.architectures.keys import Keys
-from edgert.types import LatentConfig, ModelConfig
+from edgert.types import LatentConfig, ModelConfig, RopeConfig
 
 OPTIONAL = frozenset({"exp_probs_b.bias"})
 # Files of GLM-4.7-Flash do not say that they route by sigmoid: llama.cpp knows them by layers and vocabulary.
@@ -15,8 +15,8 @@ _GLM_FLASH = {(47, 154880), (48, 154880)}
 def config(keys: Keys) -> ModelConfig:
     """Latent attention, in the form that keeps latent vectors in the cache, whichever form the file has.
 
-    Scores grow with the factor of YaRN. Routing by softmax (V2, and where the file does not say) or by sigmoid with
-    biases and groups (V3).
+    Scores grow with the factor and the magnitude of the rotation. Routing by softmax (V2, and where the file does not
+    say) or by sigmoid with biases and groups (V3).
     """
     common, width = keys.common(unused_layers=True), keys.integer("expert_feed_forward_length")
     rank, n_rotated = keys.integer("attention.kv_lora_rank"), keys.integer("rope.dimension_count")
@@ -31,7 +31,6 @@ def config(keys: Keys) -> ModelConfig:
     multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)  # 0: none, as where the key is absent
     rope = keys.rope("norm", n_rotated, whole_head=True, yarn_magnitude=multiplier == 0)
     gating = 2 if (common["n_layers"], common["n_vocab"]) in _GLM_FLASH else 1
-    grown = 10.0 * (multiplier or 0.1) if rope.scaling == "yarn" else 0.0
     return ModelConfig(
         **common,
         rope=rope,
@@ -41,5 +40,19 @@ def config(keys: Keys) -> ModelConfig:
         d_dense=keys.integer("feed_forward_length"),
         layers=keys.dense_layers(common["n_layers"]),
         latent=LatentConfig(d_key - n_rotated, d_output, keys.integer("attention.q_lora_rank", 0, least=0)),
-        attention_scale=(1.0 + 0.1 * grown * math.log(rope.factor)) ** 2 * d_key**-0.5,
+        attention_scale=_growth(rope, multiplier, keys.number("rope.scaling.attn_factor", 1.0)) ** 2 * d_key**-0.5,
     )
+
+
+def _growth(rope: RopeConfig, multiplier: float, attn_factor: float) -> float:
+    """What a scaled rotation multiplies queries by, and keys. Formula: llama.cpp's src/models/deepseek2.cpp.
+
+    There YaRN's own magnitude is undone and the multiplier's put in its place; without YaRN both are left.
+    """
+    if rope.scaling == "none":
+        return attn_factor
+    log = math.log(rope.factor)
+    multiplied = 1.0 + 0.1 * (10.0 * multiplier) * log
+    if rope.scaling == "yarn":
+        return attn_factor * (multiplied if multiplier else 1.0 + 0.1 * max(log, 0.0))
+    return attn_factor * (1.0 + 0.1 * log) * multiplied

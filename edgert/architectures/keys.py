@@ -209,7 +209,7 @@ class Keys:
             self._read.add(f"{self.architecture}.rope.scaling.{name}")  # fixed at 32, 1, 1, 1 as in llama.cpp
         factor, magnitude = factor if factor > 0 else 1.0, self.number("rope.scaling.attn_factor", 1.0)
         if scaling == "yarn" and yarn_magnitude:
-            magnitude *= 1.0 + 0.1 * float(np.log(factor))
+            magnitude *= 1.0 + 0.1 * float(np.log(max(factor, 1.0)))
         return RopeConfig(
             kind=kind,
             n_rotated=n_rotated if rotates else 0,
