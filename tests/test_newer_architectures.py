@@ -173,6 +173,21 @@ def test_gating_of_deepseek_that_a_file_does_not_name(n_layers: int, n_unused: i
         assert router is not None and router.gating == named
 
 
+SOFTMAX = ("llama", "olmoe", "qwen2moe", "qwen3moe", "granitemoe", "phimoe", "ernie4_5-moe", "hunyuan-moe", "qwen3next")
+
+
+@pytest.mark.parametrize("architecture", SOFTMAX)
+def test_gating_of_families_that_have_one(architecture: str) -> None:
+    """llama.cpp routes these by softmax and does not read the key: another function is not theirs."""
+    keys, key = metadata(f"{architecture}-f32"), f"{architecture}.expert_gating_func"
+    plain = read_config({name: value for name, value in keys.items() if name != key}, "m")
+    assert plain.router is not None and plain.router.gating == "softmax"
+    assert read_config(keys | {key: 1}, "m") == read_config(keys | {key: 0}, "m") == plain
+    for number in (2, 3):
+        with pytest.raises(UnsupportedError, match=rf"{key} is {number}; supported are 1 \(softmax\)$"):
+            read_config(keys | {key: number}, "m")
+
+
 class Rows:
     """States of an expert, see edgert.states."""
 

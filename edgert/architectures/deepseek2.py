@@ -34,7 +34,7 @@ def config(keys: Keys) -> ModelConfig:
     return ModelConfig(
         **common,
         rope=rope,
-        router=keys.router(normalise=None, gating=gating, scaled=True, biased=True),
+        router=keys.router(normalise=None, gating=gating, gatings=(1, 2), scaled=True, biased=True),
         d_expert=width,
         d_shared=width * keys.integer("expert_shared_count", 0, least=0),
         d_dense=keys.integer("feed_forward_length"),

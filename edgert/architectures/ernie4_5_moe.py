@@ -19,7 +19,7 @@ def config(keys: Keys) -> ModelConfig:
     return ModelConfig(
         **common,
         rope=keys.rope("norm", common["d_head"]),
-        router=keys.router(normalise=True, gatings=(1,), biased=True),
+        router=keys.router(normalise=True, biased=True),
         d_expert=keys.integer("expert_feed_forward_length"),
         d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0),
         d_dense=keys.integer("feed_forward_length"),

@@ -13,7 +13,7 @@ def config(keys: Keys) -> ModelConfig:
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
-        router=keys.router(normalise=True, gatings=(1,)),
+        router=keys.router(normalise=True),
         d_expert=keys.integer("feed_forward_length"),
         d_shared=keys.integer("expert_shared_feed_forward_length"),
         qk_norm="head",

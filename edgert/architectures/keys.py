@@ -226,7 +226,7 @@ class Keys:
         *,
         normalise: bool | None,
         gating: int = 1,
-        gatings: tuple[int, ...] = (1, 2),
+        gatings: tuple[int, ...] = (1,),
         scaled: bool = False,
         biased: bool = False,
     ) -> RouterConfig:

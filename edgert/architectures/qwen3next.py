@@ -32,7 +32,7 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
-        router=keys.router(normalise=True, gatings=(1,)),
+        router=keys.router(normalise=True),
         d_expert=keys.integer("expert_feed_forward_length"),
         d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0),
         shared_gate=keys.integer("expert_shared_feed_forward_length", 0, least=0) > 0,
