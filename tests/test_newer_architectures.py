@@ -148,6 +148,13 @@ def test_scores_under_yarn_without_its_multiplier() -> None:
     assert read_config(keys | {"deepseek2.rope.scaling.yarn_log_multiplier": 0.0}, "m") == plain
 
 
+@pytest.mark.parametrize("window", [16, 8192])
+def test_a_window_of_llama4_says_nothing(window: int) -> None:
+    """llama.cpp takes the same stretches of positions whatever the key says, unless it is 0."""
+    keys = metadata("llama4-f32")
+    assert read_config(keys | {"llama4.attention.sliding_window": window}, "m") == read_config(keys, "m")
+
+
 @pytest.mark.parametrize(
     ("n_layers", "n_unused", "n_vocab", "gating"),
     [
@@ -243,6 +250,13 @@ def test_quantisers_know_the_biases_of_experts() -> None:
         ("qwen3next-f32", "ssm.time_step_rank", 3, ModelFileError, "a multiple of ssm.group_count = 2"),
         ("qwen3next-f32", "ssm.inner_size", 48, ModelFileError, "times ssm.state_size = 64"),
         ("qwen3next-f32", "ssm.state_size", 8, UnsupportedError, "ssm.state_size is 8; supported is a multiple of 16"),
+        (
+            "llama4-f32",
+            "attention.sliding_window",
+            0,
+            UnsupportedError,
+            "sliding_window is 0; supported is a model who",
+        ),
         ("llama4-f32", "block_count", 1 << 20, ModelFileError, "block_count is 1048576, not at most 4096"),
         ("ernie4_5-moe-f32", "interleave_moe_layer_step", None, ModelFileError, "interleave_moe_layer_step is missing"),
         ("bailingmoe2-f32", "expert_gating_func", None, ModelFileError, "expert_gating_func is missing"),

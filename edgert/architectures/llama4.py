@@ -17,6 +17,9 @@ def config(keys: Keys) -> ModelConfig:
     The other layers rotate, then norm q and k without weights, and see only their own stretch of positions.
     """
     common, width = keys.common(), keys.integer("expert_feed_forward_length")
+    window = "attention.sliding_window"  # which says by 0 that all layers see everything, and nothing else
+    if keys.has(window) and not keys.integer(window, least=0):
+        raise keys.unsupported(window, 0, f"a model whose layers see {_SPAN} positions, by another number or no key")
     step, n_layers = keys.integer("interleave_moe_layer_step"), common["n_layers"]
     keys.ignore("expert_shared_count")
     router = keys.router(normalise=False, gating=2, gatings=(2,))
