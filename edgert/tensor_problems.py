@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edgert.architectures.keys import TOKENS
 from edgert.errors import EdgertError, ModelFileError, UnsupportedError
 from edgert.tensor_views import is_unused
 from edgert.types import ModelConfig
@@ -123,11 +124,13 @@ class Problems:
         )
 
     def _stated(self, keys: tuple[str, ...]) -> str:
-        """What the metadata say under some keys, in brackets."""
+        """What the metadata say under some keys, in brackets; of a vocabulary also how many tokens there are."""
         prefix = f"{self._config.architecture}."
         found = [(key, self._metadata[prefix + key]) for key in dict.fromkeys(keys) if prefix + key in self._metadata]
         words = ", ".join(f"{key} = {list(one) if isinstance(one, np.ndarray) else one!r:.40}" for key, one in found)
-        return f" ({prefix}{words})" if found else ""
+        if "vocab_size" in keys and TOKENS in self._metadata:
+            words += f"; {TOKENS} has {len(self._metadata[TOKENS])}"
+        return f" ({prefix}{words})" if words else ""
 
     def check_unused(self) -> None:
         """Raise ModelFileError if tensors of a layer that is said not to be run look like those of others."""

@@ -44,6 +44,16 @@ def renamed(**names: str) -> Callable[[Tensors], None]:
     return change
 
 
+def with_rows(n_rows: int) -> Callable[[Tensors], None]:
+    """A change of the rows of the embedding table, and of the head."""
+
+    def change(found: Tensors) -> None:
+        for name in {"token_embd.weight", "output.weight"} & found.keys():
+            found[name] = np.resize(found[name], (n_rows, found[name].shape[1]))
+
+    return change
+
+
 # ---- skipped ---------------------------------------------------------------------------------------------------------
 def test_layers_that_are_not_run_are_said_once_by_each_command(tmp_path: Path) -> None:
     path = rewritten("glm4moe-f32", tmp_path / "further.gguf")
@@ -83,6 +93,16 @@ def test_families_that_may_have_such_layers(name: str, is_there: bool, tmp_path:
     tokens = expected["tokens"].tolist()
     assert (run(*engine_of(more), tokens) == run(*engine_of(path), tokens)).all()
     assert describe(more)["layers"] == n_layers and "skipped" not in describe(path)
+
+
+def test_a_size_of_the_vocabulary_that_is_not_that_of_the_tokenizer(tmp_path: Path) -> None:
+    """As in llama.cpp: tokens count, and the key says nothing."""
+    path, expected = golden("qwen3moe-f32")
+    tokens, plain = expected["tokens"].tolist(), run(*engine_of(path), expected["tokens"].tolist())
+    for n_vocab in (None, 280, 320):
+        other = rewritten("qwen3moe-f32", tmp_path / "other.gguf", vocab_size=n_vocab)
+        assert (run(*engine_of(other), tokens) == plain).all()
+        assert describe(other)["vocabulary"]["size"] == 300
 
 
 def test_delta_nets_that_are_listed(tmp_path: Path) -> None:
@@ -175,6 +195,24 @@ CONTRADICTIONS: list[tuple[str, Callable[[Tensors], None], dict[str, Any], tuple
         unchanged,
         {"expert_feed_forward_length": 16},
         ("blk.0.ffn_gate_exps.weight has shape", "expert_feed_forward_length = 16"),
+    ),
+    (
+        "qwen3moe-f32",
+        with_rows(200),
+        {"vocab_size": 200},
+        ("token_embd.weight has shape (200, 64)", "vocab_size = 200", "tokenizer.ggml.tokens has 300"),
+    ),
+    (
+        "qwen3moe-f32",
+        with_rows(320),
+        {"vocab_size": 320},
+        ("token_embd.weight has shape (320, 64)", "vocab_size = 320", "tokenizer.ggml.tokens has 300"),
+    ),
+    (
+        "qwen3moe-f32",
+        with_rows(320),
+        {"vocab_size": None},
+        ("token_embd.weight has shape (320, 64)", "tokenizer.ggml.tokens has 300"),
     ),
     ("qwen3moe-f32", unchanged, {"embedding_length": 96}, ("token_embd.weight has shape", "embedding_length = 96")),
     (

@@ -30,7 +30,7 @@ def config(keys: Keys) -> ModelConfig:
     common["n_kv_heads"], common["d_head"], common["d_value"] = 1, rank + n_rotated, rank
     multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)  # 0: none, as where the key is absent
     rope = keys.rope("norm", n_rotated, whole_head=True, yarn_magnitude=multiplier == 0)
-    gating = 2 if (common["n_layers"], common["n_vocab"]) in _GLM_FLASH else 1
+    gating = 2 if (common["n_layers"], keys.integer("vocab_size", common["n_vocab"])) in _GLM_FLASH else 1
     return ModelConfig(
         **common,
         rope=rope,

@@ -14,6 +14,7 @@ import numpy as np
 from edgert.errors import ModelFileError, UnsupportedError
 from edgert.types import LayerConfig, RopeConfig, RouterConfig
 
+TOKENS = "tokenizer.ggml.tokens"
 _LARGEST = 1 << 31
 _MOST_LAYERS = 4096  # where each is described by itself
 # Keys that do not change the arithmetic, or that merely repeat a tensor's shape.
@@ -153,7 +154,6 @@ class Keys:
         if n_heads % n_kv_heads:
             raise self.wrong("attention.head_count_kv", n_kv_heads, f"a divisor of attention.head_count = {n_heads}")
         d_head = self.integer("attention.key_length", d_model // n_heads)
-        tokens = self._metadata.get("tokenizer.ggml.tokens")
         n_layers = self.integer("block_count")
         n_unused = self.integer("nextn_predict_layers", 0, least=0) if unused_layers else 0
         if n_unused >= n_layers:
@@ -167,10 +167,16 @@ class Keys:
             "n_kv_heads": n_kv_heads,
             "d_head": d_head,
             "d_value": self.integer("attention.value_length", d_head),
-            "n_vocab": self.integer("vocab_size", len(tokens) if isinstance(tokens, (list, np.ndarray)) else None),
+            "n_vocab": self._n_vocab(),
             "n_context": self.integer("context_length"),
             "eps": self.positive("attention.layer_norm_rms_epsilon"),
         }
+
+    def _n_vocab(self) -> int:
+        """Rows of the embedding table: as many as there are tokens, whatever vocab_size says, as in llama.cpp."""
+        tokens = self._metadata.get(TOKENS)
+        n_tokens = len(tokens) if isinstance(tokens, (list, np.ndarray)) else 0
+        return n_tokens or self.integer("vocab_size")
 
     def rope(
         self,
