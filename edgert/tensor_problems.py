@@ -22,6 +22,7 @@ _FURTHER = ".nextn."  # in the names of tensors of layers that predict further t
 _HEADS, _KV_HEADS = "attention.head_count", "attention.head_count_kv"
 _KEY, _VALUE, _LATENT = "attention.key_length", "attention.value_length", "attention.kv_lora_rank"
 _LATENT_HEADS = (_LATENT, _HEADS, "attention.key_length_mla", "attention.value_length_mla", _KEY, _VALUE)
+_SHARED = ("expert_shared_feed_forward_length", "expert_shared_count")
 _EXPERTS = ("expert_count", "expert_feed_forward_length", "feed_forward_length")
 # Keys that the shape of a tensor follows from besides embedding_length, by how its name begins; the first row counts.
 _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -38,7 +39,7 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"shortconv", ("shortconv.l_cache",)),
     (r"exp_probs_b|ffn_gate_inp\.", ("expert_count",)),
     (r"ffn_\w+_exps", _EXPERTS),
-    (r"ffn_\w+_shexp", ("expert_shared_feed_forward_length", "expert_shared_count", "expert_feed_forward_length")),
+    (r"ffn_\w+_shexp", (*_SHARED, "expert_feed_forward_length", "feed_forward_length")),
     (r"ffn_(gate|up|down)\.", ("feed_forward_length",)),
 )
 

@@ -148,6 +148,27 @@ def test_scores_under_yarn_without_its_multiplier() -> None:
     assert read_config(keys | {"deepseek2.rope.scaling.yarn_log_multiplier": 0.0}, "m") == plain
 
 
+@pytest.mark.parametrize(
+    ("architecture", "left_out", "same"),
+    [
+        ("hunyuan-moe", {"expert_shared_feed_forward_length": 24}, {"feed_forward_length": 24}),
+        ("qwen3next", {"expert_shared_feed_forward_length": 48}, {"feed_forward_length": 48}),
+        ("qwen35moe", {"expert_shared_feed_forward_length": 48}, {"feed_forward_length": 48}),
+        ("qwen3next", {"expert_feed_forward_length": 16}, {"feed_forward_length": 32}),  # of two experts together
+        ("qwen35moe", {"expert_feed_forward_length": 16}, {"feed_forward_length": 32}),
+        ("deepseek2", {"rope.scaling.original_context_length": 400}, {"context_length": 400}),
+    ],
+)
+def test_sizes_that_files_leave_out(architecture: str, left_out: dict[str, int], same: dict[str, int]) -> None:
+    """llama.cpp takes another key for one that is 0 or not there."""
+    full = metadata({"deepseek2": "deepseek2-v3"}.get(architecture, architecture) + "-f32")
+    full |= {f"{architecture}.{key}": value for key, value in (same | left_out).items()}
+    (key,) = (f"{architecture}.{key}" for key in left_out)
+    expected = read_config(full, "m")
+    assert read_config(full | {key: 0}, "m") == expected
+    assert read_config({name: value for name, value in full.items() if name != key}, "m") == expected
+
+
 @pytest.mark.parametrize("window", [16, 8192])
 def test_a_window_of_llama4_says_nothing(window: int) -> None:
     """llama.cpp takes the same stretches of positions whatever the key says, unless it is 0."""

@@ -214,6 +214,7 @@ class Keys:
         for name in ("yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor", "yarn_attn_factor"):
             self._read.add(f"{self.architecture}.rope.scaling.{name}")  # fixed at 32, 1, 1, 1 as in llama.cpp
         factor, magnitude = factor if factor > 0 else 1.0, self.number("rope.scaling.attn_factor", 1.0)
+        n_context = self.integer("context_length")
         if scaling == "yarn" and yarn_magnitude:
             magnitude *= 1.0 + 0.1 * float(np.log(max(factor, 1.0)))
         return RopeConfig(
@@ -222,7 +223,7 @@ class Keys:
             base=self.positive("rope.freq_base", 10000.0),
             scaling=scaling,  # type: ignore[arg-type]   # checked above
             factor=factor,
-            original_context=self.integer("rope.scaling.original_context_length", self.integer("context_length")),
+            original_context=self.integer("rope.scaling.original_context_length", n_context, least=0) or n_context,
             magnitude=magnitude,
             two_ranges=longrope,
         )

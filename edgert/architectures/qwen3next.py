@@ -13,7 +13,7 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
 
     in_turn: whether value heads take the key heads in turn, see DeltaConfig; the one difference of qwen35moe.
     """
-    common = keys.common(unused_layers=True)
+    common, router = keys.common(unused_layers=True), keys.router(normalise=True)
     delta = DeltaConfig(
         n_key_heads=keys.integer("ssm.group_count"),
         n_value_heads=keys.integer("ssm.time_step_rank"),
@@ -32,10 +32,10 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
     return ModelConfig(
         **common,
         rope=keys.rope("neox", common["d_head"]),
-        router=keys.router(normalise=True),
-        d_expert=keys.integer("expert_feed_forward_length"),
-        d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0),
-        shared_gate=keys.integer("expert_shared_feed_forward_length", 0, least=0) > 0,
+        router=router,
+        d_expert=keys.expert_width(router),
+        d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0) or keys.integer("feed_forward_length"),
+        shared_gate=True,
         layers=tuple(layers),
         delta=delta,
         qk_norm="head",
