@@ -30,6 +30,8 @@ def config(keys: Keys) -> ModelConfig:
     common["n_kv_heads"], common["d_head"], common["d_value"] = 1, rank + n_rotated, rank
     multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)  # 0: none, as where the key is absent
     rope = keys.rope("norm", n_rotated, whole_head=True, yarn_magnitude=multiplier == 0)
+    growth = _growth(rope, multiplier, keys.number("rope.scaling.attn_factor", 1.0))
+    common["attention_scale"] = growth**2 * d_key**-0.5
     gating = 2 if (common["n_layers"], keys.integer("vocab_size", common["n_vocab"])) in _GLM_FLASH else 1
     return ModelConfig(
         **common,
@@ -40,7 +42,6 @@ def config(keys: Keys) -> ModelConfig:
         d_dense=keys.integer("feed_forward_length"),
         layers=keys.dense_layers(common["n_layers"]),
         latent=LatentConfig(d_key - n_rotated, d_output, keys.integer("attention.q_lora_rank", 0, least=0)),
-        attention_scale=_growth(rope, multiplier, keys.number("rope.scaling.attn_factor", 1.0)) ** 2 * d_key**-0.5,
     )
 
 

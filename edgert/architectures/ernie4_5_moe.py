@@ -26,5 +26,4 @@ def config(keys: Keys) -> ModelConfig:
         layers=tuple(
             replace(layer, routed=layer.routed and (index + 1) % step == 0) for index, layer in enumerate(layers)
         ),
-        attention_scale=common["d_head"] ** -0.5,
     )

@@ -22,5 +22,4 @@ def config(keys: Keys) -> ModelConfig:
         d_dense=keys.integer("feed_forward_length"),
         layers=keys.dense_layers(common["n_layers"]),
         qk_norm="head",
-        attention_scale=common["d_head"] ** -0.5,
     )

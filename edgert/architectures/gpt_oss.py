@@ -20,5 +20,4 @@ def config(keys: Keys) -> ModelConfig:
         activation="swiglu-oss",
         sinks=True,
         expert_bias=True,
-        attention_scale=common["d_head"] ** -0.5,
     )

@@ -18,5 +18,4 @@ def config(keys: Keys) -> ModelConfig:
         d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0) or width,
         qk_norm="head",
         norm_late=True,
-        attention_scale=common["d_head"] ** -0.5,
     )

@@ -60,6 +60,7 @@ class _Common(TypedDict):
     n_vocab: int
     n_context: int
     eps: float
+    attention_scale: float
 
 
 class Keys:
@@ -143,7 +144,7 @@ class Keys:
         return value
 
     def common(self, *, n_kv_heads: int | None = None, unused_layers: bool = False) -> _Common:
-        """The fields of ModelConfig that every architecture reads alike.
+        """The fields of ModelConfig that every architecture reads alike, or with few exceptions.
 
         n_kv_heads: where the file says it in another way. unused_layers: whether files have layers at the end, as many
         as nextn_predict_layers, that predict further tokens; they are not run.
@@ -170,6 +171,7 @@ class Keys:
             "n_vocab": self._n_vocab(),
             "n_context": self.integer("context_length"),
             "eps": self.positive("attention.layer_norm_rms_epsilon"),
+            "attention_scale": d_head**-0.5,
         }
 
     def _n_vocab(self) -> int:

@@ -27,5 +27,4 @@ def config(keys: Keys) -> ModelConfig:
         layers=tuple(layer if n else replace(layer, mixer="convolution") for layer, n in layers),
         n_taps=keys.integer("shortconv.l_cache", least=2),
         qk_norm="head",
-        attention_scale=common["d_head"] ** -0.5,
     )

@@ -41,5 +41,4 @@ def config(keys: Keys) -> ModelConfig:
         qk_norm="none" if router.n_expert == _NORMLESS else "unit",
         norm_late=True,
         temperature=(0.1, _SPAN),
-        attention_scale=common["d_head"] ** -0.5,
     )

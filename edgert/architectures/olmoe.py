@@ -15,5 +15,4 @@ def config(keys: Keys) -> ModelConfig:
         router=keys.router(normalise=False),
         d_expert=keys.integer("feed_forward_length"),
         qk_norm="vector",
-        attention_scale=common["d_head"] ** -0.5,
     )

@@ -19,6 +19,5 @@ def config(keys: Keys) -> ModelConfig:
         rope=keys.rope("neox", common["d_head"], longrope=True),
         router=keys.router(normalise=True),
         d_expert=keys.integer("feed_forward_length"),
-        attention_scale=common["d_head"] ** -0.5,
         norm_bias=True,
     )

@@ -16,5 +16,4 @@ def config(keys: Keys) -> ModelConfig:
         d_expert=keys.expert_width(router),
         d_shared=keys.integer("expert_shared_feed_forward_length", 0, least=0) or keys.integer("feed_forward_length"),
         shared_gate=True,
-        attention_scale=common["d_head"] ** -0.5,
     )

@@ -15,5 +15,4 @@ def config(keys: Keys) -> ModelConfig:
         router=router,
         d_expert=keys.expert_width(router),
         qk_norm="head",
-        attention_scale=common["d_head"] ** -0.5,
     )

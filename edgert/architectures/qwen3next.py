@@ -40,7 +40,6 @@ def config(keys: Keys, *, in_turn: bool = False) -> ModelConfig:
         delta=delta,
         qk_norm="head",
         query_gate=True,
-        attention_scale=common["d_head"] ** -0.5,
     )
 
 
