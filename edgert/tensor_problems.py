@@ -24,6 +24,9 @@ _KEY, _VALUE, _LATENT = "attention.key_length", "attention.value_length", "atten
 _LATENT_HEADS = (_LATENT, _HEADS, "attention.key_length_mla", "attention.value_length_mla", _KEY, _VALUE)
 _SHARED = ("expert_shared_feed_forward_length", "expert_shared_count")
 _EXPERTS = ("expert_count", "expert_feed_forward_length", "feed_forward_length")
+_RANK, _STATES = ("attention.q_lora_rank",), ("ssm.state_size", "ssm.group_count", "ssm.time_step_rank")
+_DELTA = ("full_attention_interval", "attention.recurrent_layers")
+_ROUTED = ("expert_count", "leading_dense_block_count", "interleave_moe_layer_step")
 # Keys that the shape of a tensor follows from besides embedding_length, by how its name begins; the first row counts.
 _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"token_embd\.|output\.", ("vocab_size",)),
@@ -31,7 +34,7 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"attn_(q_a|q_b)", ("attention.q_lora_rank", _HEADS, "attention.key_length_mla", _KEY)),
     (r"attn_kv_a", (_LATENT, "rope.dimension_count")),
     (r"attn_(kv_b|k_b|v_b)", _LATENT_HEADS),
-    (r"attn_qkv|attn_gate|ssm_", ("ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.conv_kernel")),
+    (r"attn_qkv|attn_gate|ssm_", (*_STATES, "ssm.conv_kernel")),
     (r"attn_q|attn_sinks", (_HEADS, _KEY)),
     (r"attn_k", (_KV_HEADS, _KEY)),
     (r"attn_v", (_KV_HEADS, _VALUE)),
@@ -41,6 +44,23 @@ _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"ffn_\w+_exps", _EXPERTS),
     (r"ffn_\w+_shexp", (*_SHARED, "expert_feed_forward_length", "feed_forward_length")),
     (r"ffn_(gate|up|down)\.", ("feed_forward_length",)),
+)
+# What a layer may have instead of a tensor that is missing, and the keys that decide; the first row that fits counts.
+_INSTEAD: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    (r"attn_q", ("attn_q_a",), _RANK),
+    (r"attn_q_(a|a_norm|b)", ("attn_q",), _RANK),
+    (r"attn_(q|k|v|output)(_norm|_gate)?", ("ssm_conv1d",), _DELTA),
+    (r"attn_(qkv|gate)|ssm_.*", ("attn_output",), _DELTA),
+    (r"attn_(q|k|v|output)(_norm)?", ("shortconv.conv",), (_KV_HEADS,)),
+    (r"shortconv.*", ("attn_output",), (_KV_HEADS,)),
+    (r"ffn_(gate|up|down)", ("ffn_gate_exps", "ffn_gate_up_exps"), _ROUTED),
+    (r"exp_probs_b|ffn_gate_inp|ffn_\w+_(exps|shexp)", ("ffn_gate",), _ROUTED),
+    # Two or three in one, whose rows are not as many as theirs together.
+    (r"attn_(q|k|v)", ("attn_qkv",), (_HEADS, _KV_HEADS, _KEY, _VALUE)),
+    (r"attn_(k|v)_b", ("attn_kv_b",), _LATENT_HEADS),
+    (r"attn_(qkv|gate)", ("ssm_in",), _STATES),
+    (r"ssm_(alpha|beta)", ("ssm_ba",), _STATES),
+    (r"ffn_(gate|up)_exps", ("ffn_gate_up_exps",), _EXPERTS),
 )
 
 
@@ -88,12 +108,14 @@ class Problems:
         if not self._of_layer(int(index)):
             key = f"{self._config.architecture}.block_count"
             return f", as are all of layer {index}, but {key} is {self._metadata.get(key)}"
-        base = part.removesuffix(".weight")
-        for other in (f"{base}_exps.weight", base.removesuffix("_exps") + ".weight"):
-            if other != part and f"blk.{index}.{other}" in self._shapes:
-                keys = ("expert_count", "leading_dense_block_count", "interleave_moe_layer_step")
-                return f", but there is blk.{index}.{other}, which the metadata do not ask for{self._stated(keys)}"
-        return ""
+        base = part.rpartition(".")[0] or part
+        for missing, others, keys in _INSTEAD:
+            for other in (f"blk.{index}.{other}.weight" for other in others if re.fullmatch(missing, base)):
+                if other in self._shapes:
+                    shape = self._shapes[other]
+                    stated = self._stated(keys) or f" ({self._config.architecture}.{keys[0]} is missing)"
+                    return f", but there is {other} {shape}, which does not fit the metadata{stated}"
+        return self._stated(_SHARED) if base.endswith("_shexp") else ""
 
     def misshapen(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> EdgertError:
         """The error about a tensor of another shape than it should have."""
@@ -119,6 +141,18 @@ class Problems:
                 f"{self._path}: the tensor {name} is of a layer that predicts tokens beyond the next (MTP), but "
                 f"{key} is {self._metadata.get(key, 'missing')}; convert the model again"
             )
+        index = name.split(".")[1] if name.startswith("blk.") else ""
+        if index.isdecimal() and int(index) >= c.n_layers:
+            key = f"{c.architecture}.block_count"
+            return ModelFileError(
+                f"{self._path}: the tensor {name} {self._shapes[name]} is of layer {index}, counted from 0, but "
+                f"{key} is {self._metadata.get(key)}; the file is damaged or made wrongly"
+            )
+        if "_shexp." in name and not c.d_shared and (stated := self._stated(_SHARED)):
+            return ModelFileError(
+                f"{self._path}: the tensor {name} {self._shapes[name]} is of a shared expert, but the metadata ask for "
+                f"none{stated}; the file is damaged or made wrongly"
+            )
         return UnsupportedError(
             f"{self._path}: the tensor {name} {self._shapes[name]} is not one that edgert uses for "
             f"{c.architecture!r}; it may change the answers"
@@ -128,7 +162,7 @@ class Problems:
         """What the metadata say under some keys, in brackets; of a vocabulary also how many tokens there are."""
         prefix = f"{self._config.architecture}."
         found = [(key, self._metadata[prefix + key]) for key in dict.fromkeys(keys) if prefix + key in self._metadata]
-        words = ", ".join(f"{key} = {list(one) if isinstance(one, np.ndarray) else one!r:.40}" for key, one in found)
+        words = ", ".join(f"{key} = {one.tolist() if isinstance(one, np.ndarray) else one!r:.40}" for key, one in found)
         if "vocab_size" in keys and TOKENS in self._metadata:
             words += f"; {TOKENS} has {len(self._metadata[TOKENS])}"
         return f" ({prefix}{words})" if words else ""
