@@ -163,8 +163,9 @@ class Problems:
         prefix = f"{self._config.architecture}."
         found = [(key, self._metadata[prefix + key]) for key in dict.fromkeys(keys) if prefix + key in self._metadata]
         words = ", ".join(f"{key} = {one.tolist() if isinstance(one, np.ndarray) else one!r:.40}" for key, one in found)
-        if "vocab_size" in keys and TOKENS in self._metadata:
-            words += f"; {TOKENS} has {len(self._metadata[TOKENS])}"
+        tokens = self._metadata.get(TOKENS)
+        if "vocab_size" in keys and isinstance(tokens, list):
+            words += f"; {TOKENS} has {len(tokens)}"
         return f" ({prefix}{words})" if words else ""
 
     def check_unused(self) -> None:
