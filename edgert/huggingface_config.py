@@ -14,7 +14,7 @@ import numpy as np
 
 from edgert.errors import UnsupportedError
 from edgert.huggingface_families import FAMILIES, Family
-from edgert.huggingface_settings import deepseek_keys, gpt_oss_keys, multiplier_keys, single, yarn_keys
+from edgert.huggingface_settings import single, yarn_keys
 from edgert.storage.json_file import JsonObject, short
 from edgert.types import Floats
 
@@ -51,8 +51,8 @@ def read_folder_config(config: JsonObject) -> FolderConfig:
     keys = _shape_keys(config, family)
     if family.routed:
         keys |= _expert_keys(config, family)
-    if (own := _OWN_KEYS.get(family.architecture)) is not None:
-        keys |= own(config)
+    if family.keys is not None:
+        keys |= family.keys(config)
     n_layers, n_unused = keys["block_count"], 0
     if family.has_unused_layers:
         n_unused = config.integer("num_nextn_predict_layers", 0, most=_MAX_LAYERS)
@@ -201,9 +201,6 @@ def _rope(config: JsonObject, family: Family, d_head: int) -> tuple[dict[str, An
         return keys, _llama3_divisors(rope, base, factor, d_head)
     keys |= {"rope.scaling.type": kind, "rope.scaling.factor": single(factor)}
     return keys | (yarn_keys(config, rope, family, factor) if kind == "yarn" else {}), None
-
-
-_OWN_KEYS = {"granitemoe": multiplier_keys, "gpt-oss": gpt_oss_keys, "deepseek2": deepseek_keys}
 
 
 def _llama3_divisors(rope: JsonObject, base: float, factor: float, d_head: int) -> Floats:

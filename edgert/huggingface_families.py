@@ -1,13 +1,16 @@
 """The classes of `transformers` that edgert opens: what each is called in GGUF, and by which names its tensors go.
 
-Adding a class is a row; what its config.json may say is huggingface_config's.
+Adding a class is a row; what config.json says beyond the common keys is read by functions of huggingface_settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
+
+from edgert.huggingface_settings import deepseek_2_keys, deepseek_3_keys, gpt_oss_keys, multiplier_keys
+from edgert.storage.json_file import JsonObject
 
 _ATTENTION = {
     "input_layernorm.weight": ("attn_norm.weight",),
@@ -84,7 +87,8 @@ class Family:
     widths: of experts, GGUF's key, the class's and its default, None where it must be there. biases: of attention that
     all its models have. yarn: "scores": multiplies scores too, "unrounded": its ramp's ends need not be whole.
     has_unused_layers: further ones, that predict tokens beyond the next. quantised: how its weights may be, besides
-    floats. deals_experts: stacked, with gate and up in turns, see huggingface_oss.
+    floats. deals_experts: stacked, with gate and up in turns, see huggingface_oss. keys: GGUF's metadata for what only
+    this class has in config.json.
     """
 
     architecture: str
@@ -101,14 +105,15 @@ class Family:
     has_unused_layers: bool = False
     quantised: str = ""
     deals_experts: bool = False
+    keys: Callable[[JsonObject], dict[str, Any]] | None = None
 
 
 _WIDTH = ("expert_feed_forward_length", "moe_intermediate_size", None)
 _SHARED_WIDTH = "expert_shared_feed_forward_length"
 _QKV = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 _LLAMA = Family("llama", _ATTENTION | _DENSE, interleaves=True, routed=False)
-_GRANITE_MOE = Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True)
-_DEEPSEEK_2 = Family("deepseek2", _DEEPSEEK, yarn="scores", has_unused_layers=True)
+_GRANITE_MOE = Family("granitemoe", _ATTENTION | _GRANITE, interleaves=True, keys=multiplier_keys)
+_DEEPSEEK_2 = Family("deepseek2", _DEEPSEEK, yarn="scores", has_unused_layers=True, keys=deepseek_2_keys)
 FAMILIES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": replace(_LLAMA, window="counts"),
@@ -134,7 +139,8 @@ FAMILIES = {
         yarn="unrounded",
         quantised="mxfp4",
         deals_experts=True,
+        keys=gpt_oss_keys,
     ),
     "DeepseekV2ForCausalLM": _DEEPSEEK_2,
-    "DeepseekV3ForCausalLM": _DEEPSEEK_2,
+    "DeepseekV3ForCausalLM": replace(_DEEPSEEK_2, keys=deepseek_3_keys),
 }

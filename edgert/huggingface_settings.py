@@ -6,12 +6,14 @@ What the class would do and edgert does not is refused by key and value.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgert.huggingface_families import Family
 from edgert.storage.json_file import JsonObject, short
+
+if TYPE_CHECKING:
+    from edgert.huggingface_families import Family
 
 _MAX_HEAD = 1 << 16
 _SWIGLU_LIMIT = 7.0
@@ -47,17 +49,29 @@ def gpt_oss_keys(config: JsonObject) -> dict[str, Any]:
     }
 
 
-def deepseek_keys(config: JsonObject) -> dict[str, Any]:
-    """Latent attention as older GGUFs have it, keys and values of all heads from one matrix; and the router."""
-    version_3 = "DeepseekV3ForCausalLM" in config.array("architectures")
+def deepseek_2_keys(config: JsonObject) -> dict[str, Any]:
+    """DeepSeek V2's latent attention, and its router: softmax over the experts, which are in one group."""
+    return _latent_keys(config, normalised=False) | _one_group(config)
+
+
+def deepseek_3_keys(config: JsonObject) -> dict[str, Any]:
+    """DeepSeek V3's latent attention, and its router: sigmoid, with biases and groups."""
+    if not config.boolean("rope_interleave", True):
+        config.refuse("rope_interleave", "edgert runs this class with true, neighbours of a head turned together")
+    return _latent_keys(config, normalised=True) | _groups(config)
+
+
+def _latent_keys(config: JsonObject, *, normalised: bool) -> dict[str, Any]:
+    """Latent attention as older GGUFs have it, keys and values of all heads from one matrix; and the experts.
+
+    normalised: whether the class divides the weights of chosen experts by their sum where config.json does not say.
+    """
     rotated = config.integer("qk_rope_head_dim", least=1, most=_MAX_HEAD)
     if config.integer("moe_layer_freq", 1) != 1:
         config.refuse("moe_layer_freq", "edgert runs this class with experts in every layer but the first (1)")
     if config.boolean("attention_bias", False):
         config.refuse("attention_bias", "edgert has latent attention without biases (false)")
-    if version_3 and not config.boolean("rope_interleave", True):
-        config.refuse("rope_interleave", "edgert runs this class with true, neighbours of a head turned together")
-    keys = {
+    return {
         "attention.key_length": config.integer("qk_nope_head_dim", least=1, most=_MAX_HEAD) + rotated,
         "attention.value_length": config.integer("v_head_dim", least=1, most=_MAX_HEAD),
         "attention.q_lora_rank": config.integer("q_lora_rank", 0),
@@ -67,9 +81,8 @@ def deepseek_keys(config: JsonObject) -> dict[str, Any]:
         "expert_feed_forward_length": config.integer("moe_intermediate_size", least=1),
         "expert_shared_count": config.integer("n_shared_experts", 0),
         "expert_weights_scale": single(config.number("routed_scaling_factor", 1.0)),
-        "expert_weights_norm": config.boolean("norm_topk_prob", version_3),
+        "expert_weights_norm": config.boolean("norm_topk_prob", normalised),
     }
-    return keys | (_groups(config) if version_3 else _one_group(config))
 
 
 def _groups(config: JsonObject) -> dict[str, Any]:

@@ -15,6 +15,8 @@ else:
 
 import pytest
 
+from edgert.architectures import supported
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_DIR = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 BARE = set(PACKAGE_DIR.values()) - {"edgert"}  # names that must never be imported as they stand
@@ -63,6 +65,11 @@ def test_architectures_are_told_apart_in_their_own_files_alone() -> None:
                 architecture = any(isinstance(part, ast.Attribute) and part.attr == "architecture" for part in parts)
                 family = any(isinstance(part, ast.Name) and part.id == "FAMILIES" for part in parts)
                 assert not (named and (architecture or family)), f"{path}:{node.lineno}"
+                texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+                assert not any(text.endswith("ForCausalLM") for text in texts), f"{path}:{node.lineno}"
+            if isinstance(node, ast.Dict):
+                keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+                assert not keys & set(supported()), f"{path}:{node.lineno}: a table by architecture"
 
 
 @pytest.mark.parametrize(("package", "folder"), PACKAGE_DIR.items())
