@@ -55,8 +55,9 @@ def try_alone(
 ) -> Alone:
     """Try every expert alone at the low width, all others at the base. The tiles of both are left in the store.
 
-    every: only each so many experts of a layer, other ones in each layer; the others are not a number. What became of
-    each is kept in the bench's folder, so that a kill costs one expert's turn.
+    trial: of a model with exact activations, or rounding them hides what one expert costs. every: only each so many
+    experts of a layer, other ones in each layer; the others are not a number. What became of each is kept in the
+    bench's folder, so that a kill costs one expert's turn.
     """
     shape, chunks = profile.record_bytes.shape, trial_chunks(profile, _CHUNKS)
     kept = bench.store("alone", profile, quantiser, BASE.name, LOW.name, str(_CHUNKS))

@@ -298,7 +298,7 @@ class _Run:
         """Chooses the most experts of two bits, the least sensitive ones, that keep a bound; see edgemoe."""
         from edgert.trial import Trial
 
-        with Trial(self._model) as trial:
+        with self._bench.model(exact=True) as model, Trial(model) as trial:
             parts = self._bench, self._weights, self._states, self._profile, self._store
             alone = try_alone(*parts, trial, self._goal.quantiser).loss
         self._unknown("so kept at four bits")

@@ -47,7 +47,7 @@ SHORT_CANDIDATES = ("int5", "int6", "int8")  # besides, where rows are no multip
 _BASE = "int8"  # what the experts of other layers get in a trial
 _TAKEN = 0.05  # nats that the probe's format costs a model, where it cannot be measured
 _TRIAL_CHUNKS = 8
-METHOD = 2  # of finding errors and gains: to be raised with what changes their values
+METHOD = 3  # of finding errors and gains: to be raised with what changes their values
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ class Bench:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def model(self) -> Iterator[Model]:
-        """The model, loaded."""
+    def model(self, *, exact: bool = False) -> Iterator[Model]:
+        """The model, loaded. exact: with activations as floats; rounding them costs more than one expert's bits."""
         from edgert.model import load
 
-        with load(self.source, progress=self.progress, **self.options) as model:
+        options = {**self.options, "activations": "f32"} if exact else self.options
+        with load(self.source, progress=self.progress, **options) as model:
             yield model
 
     def remove(self) -> None:
@@ -157,6 +158,7 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
         errors, probe = errors[..., :-1], errors[..., -1]
         probe = np.where(np.isfinite(probe), probe, 0)  # what it does not fit stays as it is
         total = (rows[..., None] / profile.n_tokens * probe).sum(axis=(1, 2))
+    with bench.model(exact=True) as model:
         if model.memory.slots:  # trials exchange experts in RAM
             bench.progress("not all experts are in RAM: every layer is taken to be as sensitive as the others", 0.0)
             gains = np.divide(_TAKEN / len(layers), total, out=np.zeros(len(total)), where=total > 0).astype(np.float32)
@@ -168,8 +170,8 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
 def _gains(bench: Bench, model: Model, profile: Profile, store: TileStore, errors: npt.NDArray[np.float64]) -> Floats:
     """Divergence for a unit of error in each layer: that of the layer's experts in the probe's format, measured.
 
-    errors: (n_layers,) of the probe. It rounds to the nearest, as what is fitted to calibration text errs less there.
-    All other experts are in 8 bits meanwhile: activations are, too, and what that costs is taken off.
+    model: with exact activations. errors: (n_layers,) of the probe. It rounds to the nearest, as what is fitted to
+    calibration text errs less there. All other experts are in 8 bits meanwhile, and what that costs is taken off.
     """
     from edgert.trial import Trial
 

@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{args.profile} has no sensitivity; make it without --no-sensitivity")
     bench = Bench(args.model, args.work or Path(f"{args.profile}.rank"), _say, options={"context": profile.chunk})
     with bench.model() as model:
-        weights, states = weights_of(model), bench.states(model, profile)
-        store = TileStore(bench.work / "tiles", [str(args.profile)])
+        states = bench.states(model, profile)
+    with bench.model(exact=True) as model:
+        weights, store = weights_of(model), TileStore(bench.work / "tiles", [str(args.profile)])
         with Trial(model) as trial:
             quantiser = profile.sensitivity.quantiser
             alone = try_alone(bench, weights, states, profile, store, trial, quantiser, args.every)
