@@ -245,6 +245,7 @@ class Needs:
     compiling: bool = False  # kernels have to be compiled first
     loading: int = 0  # while weights are packed or checked
     cold: int = 0  # all experts
+    unused: int = 0  # of the pages that hold them, where all of them stay in RAM
     record: int = 0  # the largest expert, as a record on flash
     top_k: int = 0
     working_set: int = 0  # the records that one token routes to
@@ -276,7 +277,7 @@ class Needs:
             cold=0 if slots else int(self.cold * (self.beside or 1)),
             forms=int(slots * self.beside),
             kv=self.kv[chunk],
-            work=self.work[chunk],
+            work=self.work[chunk] + (0 if slots else self.unused),
             loading=self.loading,
             context=self.context,
             kv_type=self.kv_type,

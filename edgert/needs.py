@@ -101,6 +101,7 @@ def _with_onnx(found: Needs, weights: Weights, n_context: int, kv_type: str, dev
     return replace(
         found,
         hot=hot,
+        unused=found.unused if device.experts == "cpu" else 0,
         beside=beside,
         loading=loading,
         libraries=onnx_memory.LIBRARY_BYTES,
@@ -135,7 +136,6 @@ def _on_cpu(
     check_kv_type(kv_type)
     config = weights.config
     in_ram = [name for name in weights.shapes if not weights.is_on_file(name)]
-    packed = sum(map(weights.bytes_of, in_ram))
     float_hidden = activations == "f32" or any(
         "ffn_down" in name
         and name.endswith(".weight")
@@ -143,9 +143,11 @@ def _on_cpu(
         for name in in_ram
     )
     n_threads = threads or choose_threads().n_threads
+    hot = sum(weights.bytes_of(name) for name in in_ram if not weights.is_cold(name))
+    packed = sum(map(weights.bytes_of, in_ram))
     work = {
         chunk: work_space.work_bytes(config, n_context, n_threads, float_hidden=float_hidden, chunk=chunk)
-        + buffers.unused_bytes(packed)
+        + buffers.unused_bytes(hot)
         for chunk in _CHUNKS
     }
     kernels = cpu.CpuDevice.kernels(weights.formats(), kv_type, activations, weights.config)
@@ -153,9 +155,8 @@ def _on_cpu(
     n_expert, top_k = (config.router.n_expert, config.router.top_k) if config.router else (0, 0)
     merges = weights.file.metadata.get("tokenizer.ggml.merges")
     n_merges = len(merges) if isinstance(merges, (list, np.ndarray)) else 0
-    hot = [name for name in in_ram if not weights.is_cold(name)]
     return Needs(
-        hot=sum(map(weights.bytes_of, hot)),
+        hot=hot,
         kv={chunk: cache_bytes(config, n_context, kv_type, chunk if rings else None) for chunk in _CHUNKS},
         work=work,
         tokenizer=WORD_BYTES * (config.n_vocab + n_merges),
@@ -164,6 +165,7 @@ def _on_cpu(
         compiling=not (all(jit.is_compiled(kernel) for kernel, _ in kernels) and (not n_expert or is_compiled())),
         loading=max(weights.packing_bytes(name) for name in in_ram),
         cold=int(sizes.sum()),
+        unused=buffers.unused_bytes(packed) - buffers.unused_bytes(hot),
         record=int(sizes.max(initial=0)),
         top_k=top_k,
         working_set=int(sizes.sum()) * top_k // max(n_expert, 1),

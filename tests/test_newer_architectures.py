@@ -12,15 +12,21 @@ from changed_models import Tensors, rewritten
 from models import engine_of, golden, golden_path, run
 
 from edgert.architectures import read_config
+from edgert.devices import buffers
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.reference import ReferenceDevice
 from edgert.devices.selection import beyond_attention, beyond_experts, parse
+from edgert.devices.work_space import work_bytes
 from edgert.errors import EdgertError, ModelFileError, OptionError, UnsupportedError
 from edgert.expert_jobs import jobs_of
 from edgert.plan_model import open_plan_model
 from edgert.preset_keys import KEY_PRESETS
+from edgert.presets import PRESETS
 from edgert.storage.gguf_file import GgufFile
+from edgert.tensor_table import EMBEDDING, HEAD
 from edgert.weights import Weights
+
+MIB = 1 << 20
 
 
 def metadata(name: str) -> dict[str, Any]:
@@ -40,6 +46,53 @@ def test_tables_of_tensors_add_up_to_what_the_makers_say(name: str) -> None:
     sizes, config = model.record_bytes, model.config
     assert np.flatnonzero(sizes.any(axis=1)).tolist() == config.expert_layers and sizes.sum() == needed.cold
     assert needed.working_set == needed.cold * needed.top_k // sizes.shape[1]
+
+
+class Pieces:
+    """Stands for an arena's memory, of any size: how far each piece is filled."""
+
+    def __init__(self) -> None:
+        self.filled: list[int] = []
+
+    def piece(self, n_bytes: int) -> Any:
+        self.filled.append(0)
+        return np.broadcast_to(np.uint8(0), n_bytes)
+
+    def unused(self, sizes: list[int]) -> int:
+        """What the huge pages of an arena hold beside weights of these sizes, taken one after the other."""
+        arena = buffers.Arena()
+        for n_bytes in sizes:
+            arena.take(n_bytes)
+            self.filled[-1] = arena._used
+        return sum(buffers.round_up(filled, 2 * MIB) for filled in self.filled) - sum(sizes)
+
+
+@pytest.mark.parametrize("quantisation", ["q4_k_m", "bf16"])
+@pytest.mark.parametrize("name", [*PRESETS, *KEY_PRESETS])
+def test_huge_pages_are_planned_for_weights_in_ram_alone(
+    name: str, quantisation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At real sizes, with experts on flash and in RAM: what is taken is planned for, and no experts that are not there.
+
+    Only where experts are in RAM do they lie in an arena: else in one buffer, which slots count.
+    """
+    model = open_plan_model(f"{name}:{quantisation}")
+    weights, needed = model.weights, model.needs(4096, "f16", 4)
+    hot, whole = list[int](), list[int]()
+    for layer in range(model.config.n_layers):
+        names = (name for name, shape in weights.shapes.items() if name.startswith(f"blk.{layer}.") and len(shape) > 1)
+        matrices = [weights.bytes_of(name) for name in names if not weights.is_cold(name)]
+        hot += matrices
+        whole += matrices + [n_bytes for n_bytes in model.record_bytes[layer].tolist() if n_bytes]
+    for sizes in (hot, whole):
+        sizes.append(weights.bytes_of(HEAD if HEAD in weights.shapes else EMBEDDING))
+    in_floats = quantisation == "bf16" and not name.startswith("gpt-oss")  # whose experts are MXFP4
+    work = work_bytes(model.config, 4096, 4, float_hidden=in_floats, chunk=32)
+    for sizes, slots in ((hot, needed.least_slots), (whole, 0)):
+        pieces = Pieces()
+        monkeypatch.setattr(buffers, "huge_pages", pieces.piece)
+        planned = needed.plan(32, slots).work - work
+        assert 0 <= pieces.unused(sizes) <= planned <= 4 * MIB + sum(sizes) // 100
 
 
 @pytest.mark.parametrize(("name", "n_layers"), [("deepseek-v2-lite", 27), ("deepseek-v3", 61)])
