@@ -36,6 +36,7 @@ class FolderConfig:
     d_head: int
     n_vocab: int
     tied: bool  # the head is the embedding table
+    quantised: str  # how the experts' weights are: mxfp4, or "" for floats
     metadata: dict[str, Any]
     rope_divisors: Floats | None
 
@@ -68,6 +69,7 @@ def read_folder_config(config: JsonObject) -> FolderConfig:
         d_head=keys["attention.key_length"],
         n_vocab=keys["vocab_size"],
         tied=config.boolean("tie_word_embeddings", False),
+        quantised="" if config.get("quantization_config") is None else family.quantised,
         metadata={"general.architecture": family.architecture, **prefixed},
         rope_divisors=divisors,
     )

@@ -71,7 +71,8 @@ def paper_model(config_json: JsonObject, quantisation: str, name: str, path: Pat
     folder = read_folder_config(config_json)
     metadata = {**folder.metadata, "general.name": name}
     config = read_config(metadata, str(path))
-    types = _types(config, folder.tied, folder.family.biases, None, quantisation)
+    experts = Type.MXFP4 if folder.quantised == "mxfp4" else None  # which GGUFs keep, whatever the rest
+    types = _types(config, folder.tied, folder.family.biases, experts, quantisation)
     return PaperFile(path, metadata, types), config
 
 

@@ -139,6 +139,57 @@ def test_a_config_json_alone_is_enough(tmp_path: Path) -> None:
     assert open_plan_model(str(tmp_path)).file_bytes == open_plan_model("olmoe-1b-7b").file_bytes
 
 
+GPT_OSS = {  # as openai/gpt-oss-20b has it
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+
+
+@pytest.mark.parametrize("quantisation", ["q4_k_m", "q8_0"])
+def test_a_config_json_says_that_experts_stay_in_mxfp4(quantisation: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(GPT_OSS))
+    found, preset = open_plan_model(f"{path}:{quantisation}"), open_plan_model(f"gpt-oss-20b:{quantisation}")
+    assert found.weights.file.tensors == preset.weights.file.tensors
+    assert (found.record_bytes == preset.record_bytes).all() and found.record_bytes.sum() < 11 << 30
+    path.write_text(json.dumps({key: value for key, value in GPT_OSS.items() if key != "quantization_config"}))
+    floats = open_plan_model(f"{path}:{quantisation}")  # widened by whoever saved it: quantised as anything else
+    assert {floats.weights.file.tensors[f"blk.0.ffn_{part}_exps.weight"].type.name for part in ("gate", "down")} <= (
+        {"Q5_0", "Q8_0"} if quantisation == "q4_k_m" else {"Q8_0"}
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
