@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -12,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from edgert.architectures import read_config
-from edgert.loading import context_of, name_of, open_model, resolve, words
+from edgert.loading import context_of, words
 from edgert.memory import Needs, budget_for, plan_memory
-from edgert.needs import needs
+from edgert.paper_model import PaperFile
+from edgert.plan_model import PlanModel, open_tables
 from edgert.proof import Proof
 from edgert.quant.formats import Format
 from edgert.storage.bundle import Bundle
 from edgert.storage.bundle_manifest import Manifest
-from edgert.storage.tensor_file import TensorFile
 from edgert.tensor_views import is_unused, skipped
 from edgert.types import ModelConfig
 from edgert.weight_sources import PROJECTIONS
@@ -34,51 +32,70 @@ def describe(
     kv_type: str = "f16",
     memory: str | int | float | None = None,
 ) -> dict[str, Any]:
-    """What `edgert inspect` prints, without reading the weights.
+    """What `edgert inspect` prints, without reading the weights: of a model, of what a GGUF begins with, of a preset.
 
     memory: the budget to plan for, "auto" the one that load takes; None: what the model needs with all experts in RAM.
     """
-    path = resolve(path_or_name)
-    with contextlib.closing(open_model(path)) as file:
-        config = read_config(file.metadata, str(path))
-        weights = Weights(file, config)
-        n_context = context_of(context, config)
-        tokenizer, template = words(file)
-        needed = needs(weights, n_context, kv_type)
-        types: Counter[str] = Counter()
-        for _, kind, n_bytes in _tensors(file, weights):
-            types[kind] += n_bytes
-        parameters = sum(math.prod(shape) for shape in weights.shapes.values())
-        cold = sum(n_bytes for name, _, n_bytes in _tensors(file, weights) if weights.is_cold(name))
-        total = sum(types.values())
-        return {
-            "path": str(path),
-            "name": name_of(file),
-            "architecture": config.architecture,
-            "parameters": parameters,
-            "bpw": 8 * total / parameters,
-            "bytes": {"total": file.n_bytes, "hot": total - cold, "cold": cold},
-            "tensor_types": dict(types.most_common()),
-            "layers": config.n_layers,
-            **({"skipped": skipped(config)} if config.n_unused_layers else {}),
-            "embedding_length": config.d_model,
-            "context_length": config.n_context,
-            "experts": _experts(config, cold),
-            "vocabulary": {"model": tokenizer.model, "pre": tokenizer.pre, "size": config.n_vocab},
-            "tokenizer": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "stop": sorted(tokenizer.stop_ids)},
-            "template": {
-                "source": "ChatML default" if template.is_default else "model",
-                "supports_system": template.supports_system,
-                "supports_tools": template.supports_tools,
-                "marks_reasoning": template.marks_reasoning,
-            },
-            "memory": _ledger(needed, memory),
-            **(_measured(file) if isinstance(file, Bundle) and config.router else {}),
-        }
+    model = open_tables(None if path_or_name is None else str(path_or_name))
+    weights, config, file = model.weights, model.config, model.weights.file
+    n_context = context_of(context, config)
+    types: Counter[str] = Counter()
+    for _, kind, n_bytes in _tensors(weights):
+        types[kind] += n_bytes
+    parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+    cold = sum(n_bytes for name, _, n_bytes in _tensors(weights) if weights.is_cold(name))
+    total = sum(types.values())
+    return {
+        **_source(model),
+        "name": model.name,
+        "architecture": config.architecture,
+        "parameters": parameters,
+        "bpw": 8 * total / parameters,
+        "bytes": {"total": model.whole_bytes or file.n_bytes, "hot": total - cold, "cold": cold},
+        "tensor_types": dict(types.most_common()),
+        "layers": config.n_layers,
+        **({"skipped": skipped(config)} if config.n_unused_layers else {}),
+        "embedding_length": config.d_model,
+        "context_length": config.n_context,
+        "experts": _experts(config, cold),
+        **_words(model),
+        "memory": _ledger(model.needs(n_context, kv_type), memory),
+        **(_measured(file) if isinstance(file, Bundle) and config.router else {}),
+    }
 
 
-def _tensors(file: TensorFile | Bundle, weights: Weights) -> Iterator[tuple[str, str, int]]:
+def _source(model: PlanModel) -> dict[str, str]:
+    """Where it is, and what is not there."""
+    if model.path is None:
+        return {"source": f"{model.source}: no weights, it cannot run"}
+    found = {"path": str(model.path)}
+    if model.whole_bytes:
+        there, whole = model.weights.file.n_bytes, model.whole_bytes
+        found["source"] = f"the first {there:,} of {whole:,} bytes: it cannot run"
+    return found
+
+
+def _words(model: PlanModel) -> dict[str, Any]:
+    """Tokenizer and template, which no config.json has."""
+    file, size = model.weights.file, model.config.n_vocab
+    if isinstance(file, PaperFile):
+        return {"vocabulary": {"size": size}}
+    tokenizer, template = words(file)
+    return {
+        "vocabulary": {"model": tokenizer.model, "pre": tokenizer.pre, "size": size},
+        "tokenizer": {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "stop": sorted(tokenizer.stop_ids)},
+        "template": {
+            "source": "ChatML default" if template.is_default else "model",
+            "supports_system": template.supports_system,
+            "supports_tools": template.supports_tools,
+            "marks_reasoning": template.marks_reasoning,
+        },
+    }
+
+
+def _tensors(weights: Weights) -> Iterator[tuple[str, str, int]]:
     """Name, type and stored bytes of every tensor, by type; experts of a bundle count as the tensors that they were."""
+    file = weights.file
     if not isinstance(file, Bundle):
         for name, info in file.tensors.items():
             if not is_unused(weights.config, name):

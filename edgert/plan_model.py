@@ -1,4 +1,7 @@
-"""The model that a plan is for: from a header, a bundle, a folder, a config.json or a preset; no weights are read."""
+"""The model that a plan is for: from a header, a bundle, a folder, a config.json or a preset; no weights are read.
+
+It is what `edgert inspect` shows, too.
+"""
 
 from __future__ import annotations
 
@@ -63,10 +66,32 @@ class PlanModel:
         n_experts = len(self.config.expert_layers) * self.config.router.top_k if self.config.router else 0
         return int(used.integers + used.floats + n_experts * (traffic.expert.integers + traffic.expert.floats))
 
-    def needs(self, context: int, kv_type: str, threads: int) -> Needs:
-        """What it takes on a machine that computes with so many threads and has its kernels compiled."""
-        found = replace(needs(self.weights, context, kv_type, threads), compiling=False)
-        if not isinstance(self.weights.file, PaperFile):
+    @property
+    def is_on_paper(self) -> bool:
+        """Whether it is known by its dimensions alone."""
+        return isinstance(self.weights.file, PaperFile)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the files that a GGUF's header is of, where not all of them is there; else 0."""
+        file = self.weights.file
+        if not isinstance(file, GgufFile):
+            return 0
+        ends = [0] * len(file.parts)
+        for tensor in file.tensors.values():
+            ends[tensor.part] = max(ends[tensor.part], tensor.offset + tensor.n_bytes)
+        is_cut = any(part.stat().st_size < end for part, end in zip(file.parts, ends, strict=True))
+        return sum(ends) if is_cut else 0
+
+    def needs(self, context: int, kv_type: str, threads: int | None = None) -> Needs:
+        """What it takes on a machine that computes with so many threads and has its kernels compiled.
+
+        None: on this one, as it is; but a model on paper never waits for the compiler.
+        """
+        found = needs(self.weights, context, kv_type, threads)
+        if threads is not None or self.is_on_paper:
+            found = replace(found, compiling=False)
+        if not self.is_on_paper:
             return found
         return replace(found, tokenizer=2 * WORD_BYTES * self.config.n_vocab)  # about as many merges as tokens
 
@@ -76,26 +101,37 @@ class PlanModel:
 
 
 def open_plan_model(name: str | None, profile: Path | None = None) -> PlanModel:
+    """What `name` stands for (see open_tables), with measured routes of this very model, a bundle's own by default.
+
+    Raises OptionError for another model's profile.
+    """
+    found = open_tables(name)
+    file = found.weights.file
+    if profile is None and isinstance(file, Bundle) and (file.path / PROFILE).exists():
+        profile = file.path / PROFILE
+    return found if profile is None else replace(found, profile=_profile(profile, found.weights))
+
+
+def open_tables(name: str | None) -> PlanModel:
     """What `name` stands for: a file, a folder, a bundle, config.json, PRESET or either with :QUANTISATION; None: the
     embedded model.
 
     Raises OptionError for a name that is nothing, ModelFileError and UnsupportedError for what cannot be planned for.
-    profile: measured routes of this very model.
     """
     plain, quantisation = _split(name)
     path = None if plain is None else Path(plain)
     if plain is not None and path is not None and plain != EMBEDDED and not path.exists():
-        if plain.lower() in {**PRESETS, **KEY_PRESETS} or not path.suffix.lower() == ".gguf":
-            return _preset(plain, quantisation, profile)
+        if plain.lower() in {**PRESETS, **KEY_PRESETS} or path.suffix.lower() not in (".gguf", ".edge"):
+            return _preset(plain, quantisation)
     if path is not None and is_huggingface_folder(path):
         if quantisation is not None or not any(path.glob("*.safetensors")):
             path = path / "config.json"
     if path is not None and path.suffix == ".json":
         where = path.parent.name or path.name
-        return _on_paper(read_json(path), quantisation, where, path, profile)
+        return _on_paper(read_json(path), quantisation, where, path)
     if quantisation is not None:
         raise OptionError(f"{name}: a file has its quantisation; leave :{quantisation} away")
-    return _of_file(resolve(path), profile)
+    return _of_file(resolve(path))
 
 
 def _split(name: str | None) -> tuple[str | None, str | None]:
@@ -110,25 +146,23 @@ def _split(name: str | None) -> tuple[str | None, str | None]:
     return before, after.lower()
 
 
-def _preset(name: str, quantisation: str | None, profile: Path | None) -> PlanModel:
+def _preset(name: str, quantisation: str | None) -> PlanModel:
     kind, keys = quantisation or DEFAULT_QUANTISATION, KEY_PRESETS.get(name.lower())
     if keys is not None:
         file, config = paper_preset(keys, kind, Path(name))
-        return _made(keys.title, f"preset, as {kind.upper()} on paper", None, file, config, profile)
+        return PlanModel(keys.title, f"preset, as {kind.upper()} on paper", None, config, Weights(file, config))
     values = preset_named(name)
-    return _on_paper(JsonObject(values, f"the preset {name}"), quantisation, TITLES[name.lower()], None, profile)
+    return _on_paper(JsonObject(values, f"the preset {name}"), quantisation, TITLES[name.lower()], None)
 
 
-def _on_paper(
-    values: JsonObject, quantisation: str | None, name: str, path: Path | None, profile: Path | None
-) -> PlanModel:
+def _on_paper(values: JsonObject, quantisation: str | None, name: str, path: Path | None) -> PlanModel:
     kind = quantisation or DEFAULT_QUANTISATION
     file, config = paper_model(values, kind, name, path or Path(name))
     source = f"{'preset' if path is None else path}, as {kind.upper()} on paper"
-    return _made(name, source, None, file, config, profile)
+    return PlanModel(name, source, None, config, Weights(file, config))
 
 
-def _of_file(path: Path, profile: Path | None) -> PlanModel:
+def _of_file(path: Path) -> PlanModel:
     file: TensorFile | Bundle
     if is_bundle(path) or path.is_dir():
         file = open_model(path)
@@ -136,23 +170,9 @@ def _of_file(path: Path, profile: Path | None) -> PlanModel:
         file = GgufFile.open(path, header_only=True)
     try:
         config = read_config(file.metadata, str(path))
-        return _made(name_of(file), str(path), path, file, config, profile)
+        return PlanModel(name_of(file), str(path), path, config, Weights(file, config))
     finally:
         file.close()
-
-
-def _made(
-    name: str,
-    source: str,
-    path: Path | None,
-    file: TensorFile | Bundle | PaperFile,
-    config: ModelConfig,
-    profile: Path | None,
-) -> PlanModel:
-    weights = Weights(file, config)
-    if profile is None and isinstance(file, Bundle) and (file.path / PROFILE).exists():
-        profile = file.path / PROFILE
-    return PlanModel(name, source, path, config, weights, None if profile is None else _profile(profile, weights))
 
 
 def _profile(path: Path, weights: Weights) -> Profile:

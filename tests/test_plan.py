@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+from huggingface_models import decoded, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import golden_path
@@ -15,14 +19,16 @@ from typer.testing import CliRunner
 
 from edgert.boards import BOARDS, Flash, Unit, board_named
 from edgert.cli.app import app
+from edgert.describing import describe
 from edgert.errors import ModelFileError, OptionError
 from edgert.loading import resolve
-from edgert.memory import Budget
+from edgert.memory import STARTING_BYTES, Budget
 from edgert.plan import Plan, Planner, Request, make_plan, usable
 from edgert.plan_hits import DIALOGUE, EVEN, Hits, along, replayed_hits, usual_hits
 from edgert.plan_machine import FLOATS, board_of
 from edgert.plan_model import PlanModel, open_plan_model
 from edgert.plan_parts import Numbers, even_distinct, step_parts
+from edgert.preset_keys import KEY_PRESETS
 from edgert.presets import PRESETS
 from edgert.storage.gguf_file import GgufFile
 from edgert.traffic import ModelTraffic
@@ -325,6 +331,94 @@ def test_a_dense_model_has_no_flash_in_its_plan() -> None:
     assert math.isclose(1 / plan.main.tokens_per_s.usual, plan.main.arithmetic_s)
 
 
+# ---- edgert inspect --------------------------------------------------------------------------------------------------
+def inspected(*arguments: str) -> Any:
+    result = CliRunner().invoke(app, ["inspect", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("more", [None, 0, 100])
+def test_a_header_is_inspected_as_the_whole_file_is(
+    header: Path, more: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it needs, and what goes where in a budget: the smallest one and a larger one."""
+    monkeypatch.setattr("edgert.memory.taken", lambda: 0)  # by pytest and the tests before
+    floor = max(describe(context=1024)["memory"]["floor"], STARTING_BYTES)
+    memory = () if more is None else ("--memory", f"{-(-floor // (1 << 20)) + more}MiB")
+    cut, whole = (inspected(*model, *memory, "--context", "1024") for model in ((str(header),), ()))
+    n_bytes = Path(whole.pop("path")).stat().st_size
+    assert cut.pop("path") == str(header)
+    assert cut.pop("source") == f"the first {header.stat().st_size:,} of {n_bytes:,} bytes: it cannot run"
+    assert cut == whole and cut["memory"]["floor"] > cut["memory"]["hot"] and cut["template"]["source"] == "model"
+
+
+def test_a_split_model_is_cut_where_one_part_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "GGUFWriter", partial(gguf.GGUFWriter, split_max_tensors=20))
+    metadata, weights = decoded(golden_path("olmoe-f32"))
+    write_gguf(tmp_path / "m.gguf", metadata, weights, "F32")
+    first, *_, last = sorted(tmp_path.glob("*.gguf"))
+    whole = describe(first)
+    assert "source" not in whole and whole["bytes"]["total"] == sum(
+        path.stat().st_size for path in first.parent.iterdir()
+    )
+    last.write_bytes(last.read_bytes()[:-1000])
+    cut, missing = describe(first), whole["bytes"]["total"] - 1000
+    assert cut["source"].startswith(f"the first {missing:,} of ")
+    assert 0 <= whole["bytes"]["total"] - cut["bytes"]["total"] < 1000, "but what pads the last tensor of each part"
+    assert {**cut, "bytes": whole["bytes"], "source": ""} == {**whole, "source": ""}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *KEY_PRESETS])
+def test_a_preset_is_inspected(name: str) -> None:
+    """Sizes, and a smallest budget that is enough, one MiB less being refused."""
+    found, model = describe(name, context=2048), open_plan_model(name)
+    assert found["source"] == "preset, as Q4_K_M on paper: no weights, it cannot run" and "path" not in found
+    assert (found["name"], found["architecture"]) == (model.name, model.config.architecture)
+    assert (found["parameters"], found["bytes"]["total"]) == (model.n_parameters, model.file_bytes)
+    assert found["bytes"]["hot"] + found["bytes"]["cold"] == found["bytes"]["total"]
+    memory, needed = found["memory"], model.needs(2048, "f16")
+    assert memory["floor"] == needed.floor().total and memory["working_set"] == needed.working_set
+    assert memory["total"] == needed.plan(512).total and found["vocabulary"] == {"size": model.config.n_vocab}
+    assert "tokenizer" not in found and "template" not in found
+    assert (found["experts"] is None) == (model.config.router is None)
+
+
+def test_what_inspect_shows_of_a_preset() -> None:
+    for columns in ("80", "120"):
+        result = CliRunner().invoke(app, ["inspect", "gpt-oss-20b"], env={"COLUMNS": columns})
+        lines = [line.split() for line in result.stdout.splitlines()]
+        for row in ("parameters 20,914.8 million (20,914,757,184)", "used 4", "working set 1.18 GiB", "context 4,096"):
+            assert row.split() in lines, row
+        assert (
+            any(line[:2] == ["smallest", "budget"] for line in lines) and max(map(len, result.stdout.splitlines())) < 80
+        )
+
+
+def test_a_config_json_is_inspected(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GPT_OSS))
+    for name in (f"{tmp_path}", f"{tmp_path}/config.json"):
+        found = inspected(name)
+        assert found["source"].startswith(f"{tmp_path}/config.json, as Q4_K_M on paper: ")
+        assert found["memory"] == inspected("gpt-oss-20b")["memory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("gpt-oss-20",), "'gpt-oss-20' is neither a file nor a preset; did you mean gpt-oss-20b?"),
+        (("absent.gguf",), "absent.gguf: no such file"),
+        (("absent.edge",), "absent.edge: no such file"),
+        (("gpt-oss-20b:q9",), "'q9' is no quantisation"),
+        (("gpt-oss-20b", "--memory", "900MiB"), "below this model's floor of 1,"),
+        (("gpt-oss-20b", "--context", "999999"), "must lie between 1 and 131072"),
+    ],
+)
+def test_what_cannot_be_inspected(arguments: tuple[str, ...], words: str) -> None:
+    result = CliRunner().invoke(app, ["inspect", *arguments])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and words in result.stderr, result.output
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 def run(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["plan", *arguments])
@@ -355,6 +449,24 @@ def test_one_board_in_full_and_as_json() -> None:
     (plan,) = document["plans"]
     assert plan["memory_budget"] == 6 << 30 and plan["speeds"][0]["bound"] == "flash"
     assert {"decode", "prompt"} == set(plan["parts"])
+
+
+def test_the_smallest_budget_is_told_of_every_board() -> None:
+    """Also where all experts fit, and where the model does not; and with it the plan is the smallest."""
+    table = run("deepseek-v3", "--board", "jetson-agx-orin,raspberry-pi-5", "--context", "2048")
+    (row,) = (line for line in table.splitlines() if line.startswith("smallest budget"))
+    first, second = re.findall(r"--memory (\d+)MiB(, more than it has)?", row)
+    floor = open_plan_model("deepseek-v3").needs(2048, "f16", 12).floor().total
+    assert int(first[0]) == -(-floor // (1 << 20)) and not first[1] and second[1], row
+    for name, memory in (("olmoe-1b-7b", ()), ("llama-2-7b", ()), ("olmoe-1b-7b", ("--memory", "1200MiB"))):
+        (row,) = (
+            line
+            for line in run(name, "--board", "jetson-orin-nano", *memory).splitlines()
+            if line.startswith("smallest budget")
+        )
+        least = int(re.findall(r"--memory (\d+)MiB", row)[0])
+        run(name, "--board", "jetson-orin-nano", "--memory", f"{least}MiB")
+        assert f"use --memory {least}MiB" in refused(name, "-b", "jetson-orin-nano", "--memory", f"{least - 1}MiB")
 
 
 def test_this_machine_and_the_embedded_model() -> None:

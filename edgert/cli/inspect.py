@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from edgert.cli import output
-from edgert.cli.options import Chosen, Json, ModelName, command
+from edgert.cli.options import Chosen, Json, TablesName, command
 from edgert.errors import OptionError
 
 Context = Annotated[
@@ -36,6 +36,7 @@ _SIZE = re.compile(r"auto|\d+(\.\d+)?\s*([A-Za-z]{0,3}|%)")
 _BYTE_SECTIONS = {"bytes", "tensor_types", "memory", "caches"}
 _BYTE_KEYS = {"bytes", "bytes_each", "working_set", "n_bytes"}
 _COUNTS = {"context", "chunk", "threads"}
+_NAMES = {"floor": "smallest budget"}
 _SHARES = {"widths", "formats"}  # sections of numbers that add up to one
 _LONGEST_BAR = 30
 
@@ -53,7 +54,7 @@ class InspectCommand(TyperCommand):
 
 @command(runtime=False)
 def inspect_model(
-    model: ModelName = None,
+    model: TablesName = None,
     context: Context = None,
     memory: Memory = None,
     cpu: Cpu = False,
@@ -154,4 +155,5 @@ def as_text(key: str, value: Any, in_bytes: bool) -> str:
 
 def _words(key: str) -> str:
     """A key as words: tensor_types is 'tensor types', Q4_0 stays."""
+    key = _NAMES.get(key, key)
     return output.harmless(key.replace("_", " ") if key.islower() else key)

@@ -29,6 +29,15 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
+TablesName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL|HEADER|PRESET",
+        help="A model, the first megabytes of a GGUF file, a config.json, or a preset such as qwen3-30b-a3b, with "
+        ":q8_0 and the like for another quantisation; none: the embedded model.",
+        show_default=False,
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Option("--prompt", "-p", metavar="TEXT", help="Piped in text follows it.", show_default=False),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgert.cli import output, plan_compared, plan_tables
-from edgert.cli.options import Chosen, Json, command
+from edgert.cli.options import Chosen, Json, TablesName, command
 from edgert.errors import MemoryLimitError, OptionError
 
 if TYPE_CHECKING:
@@ -20,15 +20,6 @@ if TYPE_CHECKING:
     from edgert.plan_verify import Compared
     from edgert.weights import Progress
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL|HEADER|PRESET",
-        help="A model, the first megabytes of a GGUF file, a config.json, or a preset such as qwen3-30b-a3b, with "
-        ":q8_0 and the like for another quantisation; none: the embedded model.",
-        show_default=False,
-    ),
-]
 Boards = Annotated[
     str,
     typer.Option(
@@ -81,7 +72,7 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)")
 
 @command(runtime=False)
 def plan(
-    model: ModelArgument = None,
+    model: TablesName = None,
     board: Boards = "this",
     memory: Memory = None,
     context: Context = None,

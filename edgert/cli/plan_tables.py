@@ -92,6 +92,7 @@ def _rows(plans: Sequence[Plan]) -> Iterator[tuple[str, Callable[[Plan], str]]]:
         yield f"{name}{'  from ' + kind if kind else ''}", partial(_first, kind, place)
     yield "what takes the time", _bound
     yield "memory for edgert", _memory
+    yield "smallest budget", _floor
     yield "experts in RAM", _experts
     yield "found there when asked for", _hits
     yield "break-even (flash as fast)", _even
@@ -136,6 +137,18 @@ def _memory(plan: Plan) -> str:
     return f"{plan.budget / _GIB:.1f}{of} GiB"
 
 
+def _floor(plan: Plan) -> str:
+    request = plan.request
+    cores = max(plan.board.main.n_cores, 1)
+    found = plan.memory or plan.model.needs(request.context, request.kv_type, cores).floor()
+    return _option(plan, found.floor or found.total)
+
+
+def _option(plan: Plan, n_bytes: int) -> str:
+    there = "" if n_bytes <= plan.board.ram_bytes else ", more than it has"
+    return f"--memory {-(-n_bytes // (1 << 20))}MiB{there}"
+
+
 def _experts(plan: Plan) -> str:
     if plan.memory is None or plan.model.config.router is None:
         return ""
@@ -178,8 +191,7 @@ def _wanted(plan: Plan) -> str:
         return ""
     if plan.wanted.bytes is None:
         return "at no memory"
-    there = "" if plan.wanted.bytes <= plan.board.ram_bytes else ", more than it has"
-    return f"--memory {-(-plan.wanted.bytes // (1 << 20))}MiB{there}"
+    return _option(plan, plan.wanted.bytes)
 
 
 def verdict(plans: Sequence[Plan]) -> Iterator[str]:
@@ -287,7 +299,6 @@ def memory_table(found: MemoryPlan) -> Table:
         "read buffers": found.buffers,
         "experts": found.cold + found.slots,
         "in all": found.total,
-        "least that runs": found.floor,
     }
     for name, n_bytes in kinds.items():
         if n_bytes:
