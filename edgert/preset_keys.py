@@ -59,16 +59,18 @@ def _experts(count: int, used: int, width: int, **others: Any) -> dict[str, Any]
 _SIGMOID = {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.5}
 _GROUPS = {"expert_group_count": 8, "expert_group_used_count": 4}
 _WINDOW = {"attention.sliding_window": 128, "rope.freq_base": 150000.0}
-_YARN = {
-    "rope.scaling.type": "yarn",
-    "rope.scaling.factor": 40.0,
-    "rope.scaling.original_context_length": 4096,
+_LATENT = {
     "rope.dimension_count": 64,
     "attention.kv_lora_rank": 512,
     "attention.key_length": 576,
     "attention.value_length": 512,
     "attention.key_length_mla": 192,
     "attention.value_length_mla": 128,
+}
+_YARN = _LATENT | {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 40.0,
+    "rope.scaling.original_context_length": 4096,
 }
 _DELTA = {
     "ssm.conv_kernel": 4,
@@ -79,6 +81,24 @@ _DELTA = {
     "rope.dimension_count": 64,
     "expert_shared_feed_forward_length": 512,
 }
+_GLM_4 = KeyPreset(
+    "GLM-4.5",
+    "glm4moe",
+    352.8,
+    _body(131072, 93, 5120, 12288, 96, 8, 128, 151552)
+    | {"rope.dimension_count": 64, "rope.freq_base": 1e6, "nextn_predict_layers": 1, **_SIGMOID}
+    | _experts(160, 8, 1536, expert_shared_count=1, leading_dense_block_count=3),
+    biases=_QKV,
+)
+_DEEPSEEK_V3 = KeyPreset(
+    "DeepSeek-V3",
+    "deepseek2",
+    671.0,
+    _body(163840, 61, 7168, 18432, 128, 1, 0, 129280)
+    | _YARN
+    | {"attention.q_lora_rank": 1536, **_SIGMOID, **_GROUPS}
+    | _experts(256, 8, 2048, expert_shared_count=1, leading_dense_block_count=3),
+)
 _ATTENDING = {2, 6, 10, 14, 18, 21}  # layers of LFM2-8B-A1B
 
 KEY_PRESETS: dict[str, KeyPreset] = {
@@ -106,15 +126,31 @@ KEY_PRESETS: dict[str, KeyPreset] = {
         | _YARN
         | _experts(64, 6, 1408, expert_shared_count=2, leading_dense_block_count=1),
     ),
-    "deepseek-v3": KeyPreset(
-        "DeepSeek-V3",
+    "deepseek-v3": _DEEPSEEK_V3,
+    "deepseek-v3.1": _DEEPSEEK_V3._replace(title="DeepSeek-V3.1"),
+    "deepseek-r1": _DEEPSEEK_V3._replace(title="DeepSeek-R1"),
+    "kimi-k2": KeyPreset(
+        "Kimi-K2",
         "deepseek2",
-        671.0,
-        _body(163840, 61, 7168, 18432, 128, 1, 0, 129280)
+        1026.4,
+        _body(131072, 61, 7168, 18432, 64, 1, 0, 163840)
         | _YARN
-        | {"attention.q_lora_rank": 1536, **_SIGMOID, **_GROUPS}
-        | _experts(256, 8, 2048, expert_shared_count=1, leading_dense_block_count=3),
+        | {"rope.freq_base": 50000.0, "rope.scaling.factor": 32.0, "attention.q_lora_rank": 1536}
+        | {**_SIGMOID, "expert_weights_scale": 2.827}
+        | _experts(384, 8, 2048, expert_shared_count=1, leading_dense_block_count=1),
     ),
+    "glm-4.7-flash": KeyPreset(  # by sigmoid, as its files do not say
+        "GLM-4.7-Flash",
+        "deepseek2",
+        29.9,
+        _body(202752, 47, 2048, 10240, 20, 1, 0, 154880)
+        | _LATENT
+        | {"attention.key_length_mla": 256, "attention.value_length_mla": 256, "attention.q_lora_rank": 768}
+        | {"rope.freq_base": 1e6, "expert_weights_norm": True, "expert_weights_scale": 1.8}
+        | _experts(64, 4, 1536, expert_shared_count=1, leading_dense_block_count=1),
+    ),
+    "glm-4.5": _GLM_4,
+    "glm-4.6": _GLM_4._replace(title="GLM-4.6", keys={**_GLM_4.keys, "context_length": 202752}),
     "glm-4.5-air": KeyPreset(
         "GLM-4.5-Air",
         "glm4moe",
@@ -190,5 +226,11 @@ KEY_PRESETS: dict[str, KeyPreset] = {
         "llama4",
         107.8,
         _body(10485760, 48, 5120, 16384, 40, 8, 128, 202048) | _experts(16, 1, 8192, interleave_moe_layer_step=1),
+    ),
+    "llama-4-maverick": KeyPreset(  # every other layer has experts
+        "Llama-4-Maverick-17B-128E",
+        "llama4",
+        400.7,
+        _body(1048576, 48, 5120, 16384, 40, 8, 128, 202048) | _experts(128, 1, 8192, interleave_moe_layer_step=2),
     ),
 }

@@ -38,6 +38,7 @@ def _granite(layers: int, d_model: int, heads: int, experts: int) -> dict[str, A
 
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {**_QWEN3, **_shape(40960, 48, 2048, 6144, 32, 4), **_experts(128, 8, 768)},
+    "qwen3-coder-30b-a3b": {**_QWEN3, **_shape(262144, 48, 2048, 5472, 32, 4), **_experts(128, 8, 768)},
     "qwen3-235b-a22b": {**_QWEN3, **_shape(40960, 94, 4096, 12288, 64, 4), **_experts(128, 8, 1536)},
     "qwen1.5-moe-a2.7b": {
         "architectures": ["Qwen2MoeForCausalLM"],
@@ -83,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 TITLES = {
     "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "qwen3-coder-30b-a3b": "Qwen3-Coder-30B-A3B",
     "qwen3-235b-a22b": "Qwen3-235B-A22B",
     "qwen1.5-moe-a2.7b": "Qwen1.5-MoE-A2.7B",
     "qwen2-57b-a14b": "Qwen2-57B-A14B",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +47,47 @@ def test_tables_of_tensors_add_up_to_what_the_makers_say(name: str) -> None:
     sizes, config = model.record_bytes, model.config
     assert np.flatnonzero(sizes.any(axis=1)).tolist() == config.expert_layers and sizes.sum() == needed.cold
     assert needed.working_set == needed.cold * needed.top_k // sizes.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "routed", "norm"), [("llama-4-scout", range(48), "unit"), ("llama-4-maverick", range(1, 48, 2), "none")]
+)
+def test_where_llama_4_has_experts(name: str, routed: range, norm: str) -> None:
+    """Maverick in every other layer, the first being dense, and without a norm of queries and keys."""
+    model = open_plan_model(name)
+    assert model.config.expert_layers == list(routed) and model.config.qk_norm == norm
+    assert round(model.active_parameters / 1e9 + 0.5) == 17  # as its makers count them, with the embedding table
+    shapes = model.weights.shapes
+    n_expert = model.config.router.n_expert if model.config.router else 0
+    for layer in range(48):
+        parts = {key.split(".")[2]: shape for key, shape in shapes.items() if key.startswith(f"blk.{layer}.ffn_up")}
+        if layer in routed:
+            assert parts == {"ffn_up_exps": (n_expert, 8192, 5120), "ffn_up_shexp": (8192, 5120)}
+        else:
+            assert parts == {"ffn_up": (16384, 5120)}
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "title", "context"),
+    [
+        ("deepseek-r1", "deepseek-v3", "DeepSeek-R1", 163840),
+        ("deepseek-v3.1", "deepseek-v3", "DeepSeek-V3.1", 163840),
+        ("glm-4.6", "glm-4.5", "GLM-4.6", 202752),
+        ("qwen3-coder-30b-a3b", "qwen3-30b-a3b", "Qwen3-Coder-30B-A3B", 262144),
+    ],
+)
+def test_models_of_the_same_dimensions(name: str, same: str, title: str, context: int) -> None:
+    found, other = open_plan_model(name.upper()), open_plan_model(same)
+    assert (found.name, found.config.n_context) == (title, context) and other.name != title
+    assert found.weights.file.tensors == other.weights.file.tensors
+    assert replace(found.config, n_context=other.config.n_context, rope=other.config.rope) == other.config
+
+
+def test_glm_4_7_flash_routes_by_sigmoid() -> None:
+    """Without a key for it, as in its files; with scores of its own size: no YaRN, heads of 192 and 64 numbers."""
+    config = open_plan_model("glm-4.7-flash").config
+    assert config.router and (config.router.gating, config.router.scale) == ("sigmoid", 1.8)
+    assert config.attention_scale == 256**-0.5 and config.n_unused_layers == 0
 
 
 class Pieces:
@@ -95,7 +137,7 @@ def test_huge_pages_are_planned_for_weights_in_ram_alone(
         assert 0 <= pieces.unused(sizes) <= planned <= 4 * MIB + sum(sizes) // 100
 
 
-@pytest.mark.parametrize(("name", "n_layers"), [("deepseek-v2-lite", 27), ("deepseek-v3", 61)])
+@pytest.mark.parametrize(("name", "n_layers"), [("deepseek-v2-lite", 27), ("kimi-k2", 61), ("glm-4.7-flash", 47)])
 def test_what_a_cache_of_latent_vectors_needs(name: str, n_layers: int) -> None:
     """576 numbers of a token and layer, in what is planned as in the ledger."""
     needed = open_plan_model(name).needs(4096, "f16", 4)

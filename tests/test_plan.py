@@ -80,6 +80,7 @@ def test_every_cell_of_the_surveys_table_1(phase: str) -> None:
 # ---- models ----------------------------------------------------------------------------------------------------------
 BILLIONS = {  # as their makers count them
     "qwen3-30b-a3b": 30.5,
+    "qwen3-coder-30b-a3b": 30.5,
     "qwen3-235b-a22b": 235,
     "qwen1.5-moe-a2.7b": 14.3,
     "qwen2-57b-a14b": 57.4,
@@ -200,6 +201,7 @@ def test_a_config_json_says_that_experts_stay_in_mxfp4(quantisation: str, tmp_pa
     ("name", "words"),
     [
         ("qwen3-30b-a3", "did you mean qwen3-30b-a3b"),
+        ("qwen3-coder-30b", "did you mean qwen3-coder-30b-a3b"),
         ("nothing", "neither a file nor a preset"),
         ("qwen3-30b-a3b:q9", "no quantisation"),
         ("qwen3-30b-a3b:", "no quantisation"),
