@@ -1,12 +1,12 @@
 """What llama.cpp's own quantisations of a model cost, beside edgert's at the same size: perplexity and divergence.
 
 python tools/peer_bits.py MODEL-f16.gguf PROFILE.npz --peer FOLDER --text FILE... --calibration FILE [--chunks 64]
-                          [--types Q8_0,Q4_0,...] [--work FOLDER] [--json FILE]
+                          [--types Q8_0,Q4_0,...] [--hot 8] [--work FOLDER] [--json FILE]
 
 FOLDER holds llama-quantize, llama-imatrix and llama-perplexity. Each type is made without and with an importance matrix
 of the calibration text and measured on the same chunks; its tensors' types are read back from its file, for rows that
-do not fill a K-quant's block fall back. edgert's bundle gets as many bytes of weights, hot ones in 8 bits. --text takes
-plain text, or a .jsonl of dialogues; see measured_text.
+do not fill a K-quant's block fall back. edgert's bundle gets as many bytes of weights, hot ones in --hot bits; 0 keeps
+the source's. --text takes plain text, or a .jsonl of dialogues; see measured_text.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> li
     hot = sum(int(tensor.n_elements) for tensor in tensors if "_exps" not in tensor.name)  # in bytes, to begin with
     total = size + 1
     while total > size:
-        goal = Goal(bits_per_weight=8 * (size - hot) / n_weights)
+        goal = Goal(bits_per_weight=8 * (size - hot) / n_weights, hot=args.hot)
         out = args.work / f"{name}-{goal.bits_per_weight:.4f}bpw.edge"
         found = pack_bits(Request(args.model, out, profile, goal, options={"context": 512}), silent)
         manifest = read_manifest(out)
@@ -157,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--types", default=_TYPES, type=lambda text: text.split(","))
+    parser.add_argument("--hot", type=int, default=8, metavar="BITS")
     parser.add_argument("--work", type=Path, default=Path("peer-bits"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
