@@ -3,8 +3,8 @@
 python tools/own_text.py MODEL OUT.txt --openings FILE... [--tokens 66000] [--turns 100] [--begin 0]
 
 On text that others wrote noise may help a model that is too sure, so that perplexity falls where weights get worse.
-Here each document begins with the first five words of a line of the openings (every so many of the first 400 long lines
-of each file, from line --begin on) and goes on for 980 tokens, sampled at temperature 1 from the whole distribution, the
+Here each document begins with the first five words of a line of the openings (every so many of the first 400 long ones
+of each file, from line --begin on) and goes on for 980 tokens, sampled at temperature 1 from all that could follow, the
 end of a text never chosen. The same openings, seeds and weights give the same text.
 """
 
