@@ -52,15 +52,17 @@ def try_alone(
     trial: Trial,
     quantiser: str,
     every: int = 1,
+    n_chunks: int | None = None,
 ) -> Alone:
     """Try every expert alone at the low width, all others at the base. The tiles of both are left in the store.
 
     trial: of a model with exact activations, or rounding them hides what one expert costs. every: only each so many
-    experts of a layer, other ones in each layer; the others are not a number. What became of each is kept in the
-    bench's folder, so that a kill costs one expert's turn.
+    experts of a layer, other ones in each layer; the others are not a number. n_chunks: of calibration text for each
+    turn, by default 4. What became of each is kept in the bench's folder, so that a kill costs one expert's turn.
     """
-    shape, chunks = profile.record_bytes.shape, trial_chunks(profile, _CHUNKS)
-    kept = bench.store("alone", profile, quantiser, BASE.name, LOW.name, str(_CHUNKS))
+    n_chunks = n_chunks or _CHUNKS
+    shape, chunks = profile.record_bytes.shape, trial_chunks(profile, n_chunks)
+    kept = bench.store("alone", profile, quantiser, BASE.name, LOW.name, str(n_chunks))
     base, low = (
         low_bits(np.full(shape, lowered), quantiser, None).where_they_fit(weights.config) for lowered in (False, True)
     )

@@ -1,10 +1,10 @@
 """How well cheap guesses order experts by what they cost at a low width: rank correlation with trying each by itself.
 
-python tools/proxy_rank.py MODEL PROFILE.npz [--every N] [--work FOLDER] [--json FILE]
+python tools/proxy_rank.py MODEL PROFILE.npz [--every N] [--chunks N] [--work FOLDER] [--json FILE]
 
 Exact is EdgeMoE's way (arXiv 2308.14352): one expert at 2 bits, all others at 4, the loss on calibration text; and, as
 a loss moves both ways while quantising one expert moves it little, the divergence from the untouched model besides.
---every 4 tries a quarter of the experts, spread over all layers.
+--every 4 tries a quarter of the experts, spread over all layers; --chunks says on how much text each.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("profile", type=Path)
     parser.add_argument("--every", type=int, default=1, metavar="N")
+    parser.add_argument("--chunks", type=int, metavar="N")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights, store = weights_of(model), TileStore(bench.work / "tiles", [str(args.profile)])
         with Trial(model) as trial:
             quantiser = profile.sensitivity.quantiser
-            alone = try_alone(bench, weights, states, profile, store, trial, quantiser, args.every)
+            alone = try_alone(bench, weights, states, profile, store, trial, quantiser, args.every, args.chunks)
         found = guesses(profile, profile.sensitivity, weights)
     document = {}
     for name, guess in found.items():
