@@ -1,12 +1,13 @@
 """What bits per expert cost: perplexity and divergence of a model with its experts in other formats, as one table.
 
 python tools/bits_table.py MODEL PROFILE.npz [--text FILE] [--chunks 64] [--quantisers rtn,hqq,awq,gptq]
-                           [--bpw 4.5,4,...] [--formats int4,int3-k,...] [--work FOLDER] [--json FILE]
+                           [--bpw 4.5,4,...] [--formats int4,int3-k,...] [--exact] [--work FOLDER] [--json FILE]
 
 Uniform settings (all widths, groups, with minimum and without, and two-level scales) and mixed allocations, each put
 into the loaded model in the place of its experts; hot weights stay as the source has them. Mixed ones are compared with
 the lower hull of all uniform ones, interpolated in log perplexity over bits per weight, scales counted. --text takes
-plain text, or a .jsonl of dialogues, see measured_text; without it what the profile kept back is measured on.
+plain text, or a .jsonl of dialogues, see measured_text; without it what the profile kept back is measured on. With
+--exact activations stay floats: what rounding them costs, the same for all settings, may hide what bits cost.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ class Study:
         self.profile = Profile.load(args.profile)
         work = args.work or Path(f"{args.profile}.bits")
         self.bench = Bench(args.model, work, silent, options={"context": args.chunk})
-        self._model = self.bench.model()
+        with self.bench.model() as model:
+            self.states = self.bench.states(model, self.profile)
+        self._model = self.bench.model(exact=args.exact)
         self.model = self._model.__enter__()
         self.weights = weights_of(self.model)
-        self.states = self.bench.states(self.model, self.profile)
         self.chunks = self._chunks(args)
         self.trial = Trial(self.model)
         self.source = self.trial.measure(self.chunks)
@@ -158,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quantisers", default="rtn,hqq,awq,gptq", type=lambda text: text.split(","))
     parser.add_argument("--formats", default="", type=lambda text: [name for name in text.split(",") if name])
     parser.add_argument("--bpw", default="4.5,4,3.5,3,2.75,2.5", type=lambda text: [float(x) for x in text.split(",")])
+    parser.add_argument("--exact", action="store_true")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
