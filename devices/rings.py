@@ -7,6 +7,7 @@ Knows blocks as bytes, not what is in them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -94,7 +95,8 @@ class Rings:
                 ring.kept[place, :, aside] = ring.blocks[:, here]
 
     def restore(self, place: int, position: int) -> None:
-        """Copy back what keep() has copied."""
+        """Copy back what keep() has copied. Broken off, only restore() and clear() make the rings good again."""
+        self.back = sys.maxsize
         for ring in self._rings:
             for here, aside in ring.runs(position):
                 ring.blocks[:, here] = ring.kept[place, :, aside]

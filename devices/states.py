@@ -123,15 +123,16 @@ class States:
         if not self and n >= self._rings.back:
             self._position = n
             return n
-        self._position = max(self._kept, default=0)
+        position, self._position = max(self._kept, default=0), None  # whoever breaks in here finds no position
         if self._kept:
-            row = self._kept[self._position]
+            row = self._kept[position]
             self.now[:] = self._all[row, : self.now.size]
-            self._rings.restore(row - 1, self._position)
+            self._rings.restore(row - 1, position)
         else:
             self.now[:] = 0
             self._rings.clear()
-        return self._position
+        self._position = position
+        return position
 
 
 class WithoutStates:

@@ -137,7 +137,7 @@ def _bits(manifest: Manifest) -> dict[str, Any]:
 def _ledger(needed: Needs, memory: str | int | float | None) -> dict[str, Any]:
     """The memory that a model takes under a budget, or all that it needs."""
     if memory is None:
-        return replace(needed.plan(max(needed.work)), floor=needed.floor().total).as_dict()
+        return replace(needed.plan(max(needed.work)), floor=needed.least_budget).as_dict()
     budget = budget_for(memory)
     plan = plan_memory(needed, budget)
     return {"budget": budget.n_bytes, **plan.as_dict(), **({"warning": plan.warning} if plan.warning else {})}

@@ -268,6 +268,11 @@ class Needs:
         """The smallest plan that runs."""
         return self.plan(min(self.work), self.least_slots)
 
+    @property
+    def least_budget(self) -> int:
+        """The smallest --memory: the floor, or what a process of edgert takes while it starts."""
+        return max(self.floor().total, STARTING_BYTES)
+
     def plan(self, chunk: int, slots: int = 0) -> MemoryPlan:
         """With an expert buffer of so many bytes, or (0) with all experts in RAM."""
         return MemoryPlan(
@@ -298,7 +303,7 @@ def plan_memory(needs: Needs, budget: Budget, *, residency: float | None = None)
     MemoryLimitError: below the floor.
     """
     lowest = needs.floor()
-    floor = max(lowest.total, STARTING_BYTES if budget.strict else 0)
+    floor = needs.least_budget if budget.strict else lowest.total
     limit = budget.n_bytes
     if budget.stated is None:  # a head-room is a wish, an answer is what counts
         limit = max(limit, min(floor, budget.free))

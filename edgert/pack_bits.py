@@ -124,10 +124,10 @@ class _Run:
 
     def fill(self, place: Place) -> tuple[int, int]:
         """Fill and publish the place of the bundle."""
+        self._store = self._bench.store(f"tiles-{self._goal.quantiser}", self._profile, self._goal.quantiser)
+        self._measure_first()
         with self._bench.model() as model:
             self._model, self._weights = model, weights_of(model)
-            quantiser = self._goal.quantiser
-            self._store = self._bench.store(f"tiles-{quantiser}", self._profile, quantiser)
             self._states = self._bench.states(model, self._profile)
             if self._goal.loss is not None:
                 self._proved_within(place, self._goal.loss)
@@ -137,14 +137,28 @@ class _Run:
             self._finish(place)
         return self._written
 
+    def _measure_first(self) -> None:
+        """What takes models of its own in RAM, before the one that the result is held against is there."""
+        from edgert.trial import Trial
+
+        bench, goal = self._bench, self._goal
+        if goal.loss is not None and goal.method == "edgemoe":
+            with bench.model() as model:
+                states = bench.states(model, self._profile)
+            with bench.model(exact=True) as model, Trial(model) as trial:
+                parts = bench, weights_of(model), states, self._profile, self._store
+                self._alone = try_alone(*parts, trial, goal.quantiser).loss
+        elif goal.format is None and self._measured() is None:
+            found = measure_sensitivity(bench, self._profile, goal.quantiser)
+            self._profile = self._profile.with_sensitivity(found)  # the bundle's has it, then
+
     # ---- solutions ---------------------------------------------------------------------------------------------------
     def _check_size(self) -> None:
         """OptionError, before anything is loaded, for a size below the least that the model can be quantised to."""
         goal = self._goal
         if goal.bits_per_weight is None and goal.n_bytes is None:
             return
-        problem = self._problem_of(self._unmeasured())
-        least = problem.smallest()
+        least = (problem := self._problem_of(self._unmeasured())).smallest()
         if goal.bits_per_weight is not None:
             bits = math.ceil(800 * least.n_bytes / problem.n_weights) / 100
             if goal.bits_per_weight < bits:
@@ -181,8 +195,7 @@ class _Run:
 
     def _unmeasured(self) -> Sensitivity:
         """What is known of sizes before anything is known of losses."""
-        names = candidates(Weights(self._file, self._config))
-        rows = profile_counts(self._profile).astype(np.int32)
+        names, rows = candidates(Weights(self._file, self._config)), profile_counts(self._profile).astype(np.int32)
         errors: Floats = np.zeros((*rows.shape, len(PROJECTIONS), len(names)), np.float32)
         gains: Floats = np.zeros(len(rows), np.float32)
         return Sensitivity(self._goal.quantiser, names, errors, rows, gains, self._profile.n_tokens)
@@ -195,15 +208,14 @@ class _Run:
 
     def _problem(self) -> Problem:
         found = self._measured()
-        if found is None:
-            found = measure_sensitivity(self._bench, self._profile, self._goal.quantiser)
-            self._profile = self._profile.with_sensitivity(found)  # the bundle's has it, then
+        assert found is not None, "it was measured first"
         return self._problem_of(found)
 
     def _problem_of(self, sensitivity: Sensitivity) -> Problem:
         """The problem with what is known of losses."""
-        weights = Weights(self._file, self._config)
-        format, *_ = weights.sizes_of(f"blk.{self._config.expert_layers[0]}.ffn_down_exps.weight")
+        format, *_ = Weights(self._file, self._config).sizes_of(
+            f"blk.{self._config.expert_layers[0]}.ffn_down_exps.weight"
+        )
         return Problem(sensitivity, self._config, self._hot, format)
 
     def _uniform(self) -> Bits:
@@ -296,11 +308,6 @@ class _Run:
 
     def _by_edgemoe(self, place: Place) -> Callable[[float, bool], Bits | None]:
         """Chooses the most experts of two bits, the least sensitive ones, that keep a bound; see edgemoe."""
-        from edgert.trial import Trial
-
-        with self._bench.model(exact=True) as model, Trial(model) as trial:
-            parts = self._bench, self._weights, self._states, self._profile, self._store
-            alone = try_alone(*parts, trial, self._goal.quantiser).loss
         self._unknown("so kept at four bits")
 
         def measure(low: Mask) -> float:
@@ -308,7 +315,7 @@ class _Run:
             self._tell(f"{int(low.sum()):,} experts of two bits: {risen.increase:+.2%} +/- {risen.standard_error:.2%}")
             return risen.increase + risen.standard_error
 
-        return lambda bound, _: self._low(choose_low(alone, measure, bound).low)
+        return lambda bound, _: self._low(choose_low(self._alone, measure, bound).low)
 
     def _low(self, low: Mask) -> Bits:
         """Two bits for these experts, four for the others."""

@@ -317,8 +317,8 @@ def make_plan(model: PlanModel, board: Board, request: Request, hits: Hits, budg
         memory = plan_memory(planner.needs, budget)
     except MemoryLimitError as error:
         refusal = str(error)
-        if budget.elsewhere and budget.free < planner.needs.floor().total:
-            refusal += f", or a board that holds it: {_holding(planner.needs.floor().total)}"
+        if budget.elsewhere and budget.free < planner.needs.least_budget:
+            refusal += f", or a board that holds it: {_holding(planner.needs.least_budget)}"
     speeds, flashes = tuple[Speed, ...](), board.flash
     if memory is not None:
         speeds = tuple(planner.speed(memory, flash) for flash in (flashes if memory.slots else flashes[:1]))

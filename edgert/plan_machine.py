@@ -77,10 +77,13 @@ def python_slowness() -> float:
     return float(np.median([look_up() for _ in range(_PASSES)])) / (_LOOKED_UP * _LOOK_UP_S)
 
 
-def measured_unit(model: PlanModel, n_prompt: int, threads: int | None = None) -> tuple[Unit, tuple[str, ...]]:
+def measured_unit(
+    model: PlanModel, n_prompt: int, threads: int | None = None, n_bytes: int | None = None
+) -> tuple[Unit, tuple[str, ...]]:
     """The CPU as it multiplies the model's matrices, and remarks on how that was found.
 
-    n_prompt: tokens of a prompt; with few of them experts have a few rows each, which takes longer by row.
+    n_prompt: tokens of a prompt; with few of them experts have a few rows each, which takes longer by row. n_bytes: of
+    memory to take meanwhile, by default memory_bytes() at this moment.
     """
     if not jit.JIT_ENABLED:
         return _SLOW_UNIT, ("nothing is compiled here: rates are guesses",)
@@ -89,7 +92,7 @@ def measured_unit(model: PlanModel, n_prompt: int, threads: int | None = None) -
     pool = ThreadPool(threads)
     try:
         of_token = products(model.weights, 1)
-        rates = Rates(pool, max(_memory_bytes(model), *(one.matrix.n_bytes + 64 for one in of_token)))
+        rates = Rates(pool, memory_bytes(model) if n_bytes is None else n_bytes)
         read = rates.rate(of_token, lambda one: one.matrix.n_bytes)
         integers, floats = _by_kind(products(model.weights, min(n_prompt, PROMPT)))
         int8 = rates.rate(integers, lambda one: one.operations) if integers else None
@@ -103,13 +106,14 @@ def measured_unit(model: PlanModel, n_prompt: int, threads: int | None = None) -
     return Unit("CPU", int8, half, read, pool.n_threads, isa.choose().name), remarks
 
 
-def _memory_bytes(model: PlanModel) -> int:
-    """Bytes to fill with matrices: as many as tokens come back to, which caches may or may not hold."""
+def memory_bytes(model: PlanModel) -> int:
+    """Bytes to fill with matrices, at least one: as many as tokens come back to, which caches may or may not hold."""
     traffic, c = ModelTraffic.of(model.weights, 0.0), model.config
     n_experts = len(c.expert_layers) * c.router.n_expert if c.router else 0
     n_bytes = int(traffic.layers.n_bytes + traffic.head.n_bytes + n_experts * traffic.expert.n_bytes)
     n_bytes = min(max(n_bytes, _LEAST_BYTES), _MOST_BYTES)
-    return n_bytes if available() > n_bytes + _SPARE_BYTES else _LEAST_BYTES
+    least = max(_LEAST_BYTES, *(one.matrix.n_bytes + 64 for one in products(model.weights, 1)))
+    return max(n_bytes, least) if available() > n_bytes + _SPARE_BYTES else least
 
 
 def _by_kind(found: dict[Product, float]) -> tuple[dict[Product, float], dict[Product, float]]:

@@ -28,7 +28,7 @@ from edgert.memory import MemoryPlan
 from edgert.needs import record_bytes
 from edgert.plan import Planner, Range, Request
 from edgert.plan_hits import Hits, replayed_hits, usual_hits
-from edgert.plan_machine import board_of, measured_unit, python_slowness
+from edgert.plan_machine import board_of, measured_unit, memory_bytes, python_slowness
 from edgert.plan_model import PlanModel
 from edgert.streaming import model_key
 from edgert.weights import Progress
@@ -96,12 +96,13 @@ class _Machine:
 
     def __init__(self, model: PlanModel, n_prompt: int, threads: int | None) -> None:
         self.model, self.n_prompt, self.threads = model, n_prompt, threads
+        self.n_bytes = memory_bytes(model)  # that measuring takes
         self._found = list[tuple[Unit, float]]()
         self._since: dict[str, int] = {}
 
     def measure(self) -> None:
         """Once more."""
-        unit, _ = measured_unit(self.model, self.n_prompt, self.threads)
+        unit, _ = measured_unit(self.model, self.n_prompt, self.threads, self.n_bytes)
         self._found.append((unit, python_slowness()))
 
     def begin(self, what: str) -> None:
@@ -191,6 +192,7 @@ def _run(
         kv_type=request.kv_type,
         activations="int8",
         progress=progress,
+        reserved=machine.n_bytes,
     )
     with contextlib.closing(parts):
         progress(f"running with {residency:.0%} of the experts in RAM", 0.5)

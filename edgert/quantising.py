@@ -65,10 +65,11 @@ class Bench:
 
     @contextmanager
     def model(self, *, exact: bool = False) -> Iterator[Model]:
-        """The model, loaded. exact: with activations as floats; rounding them costs more than one expert's bits."""
+        """The model, loaded. exact: with activations as floats, for rounding them costs more than one expert's bits; on
+        the CPU, which takes them."""
         from edgert.model import load
 
-        options = {**self.options, "activations": "f32"} if exact else self.options
+        options = {**self.options, "activations": "f32", "device": "cpu"} if exact else self.options
         with load(self.source, progress=self.progress, **options) as model:
             yield model
 

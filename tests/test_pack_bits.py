@@ -60,6 +60,13 @@ def pack(model: Path, out: Path, profile: Profile, goal: Goal, **others: Any) ->
     return pack_bits(Request(model, out, profile, goal, options={"context": 128}, **others), silent)
 
 
+def test_what_is_measured_exactly_is_measured_on_the_cpu(model: Path, place: Path) -> None:
+    """Devices that round activations to integers would refuse, after hours of quantising."""
+    bench = Bench(model, place / "exact.work", silent, options={"context": 128, "device": "onnx:cpu+qdq"})
+    with bench.model(exact=True) as exact:
+        assert exact.logits([1, 2, 3]).shape[0] == 3
+
+
 def test_sensitivity_falls_with_bits_and_gains_are_of_layers_that_have_experts(profile: Profile) -> None:
     found = profile.sensitivity
     assert found is not None and (found.gains > 0).all()

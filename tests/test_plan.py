@@ -380,7 +380,7 @@ def test_a_preset_is_inspected(name: str) -> None:
     assert (found["parameters"], found["bytes"]["total"]) == (model.n_parameters, model.file_bytes)
     assert found["bytes"]["hot"] + found["bytes"]["cold"] == found["bytes"]["total"]
     memory, needed = found["memory"], model.needs(2048, "f16")
-    assert memory["floor"] == needed.floor().total and memory["working_set"] == needed.working_set
+    assert memory["floor"] == needed.least_budget and memory["working_set"] == needed.working_set
     assert memory["total"] == needed.plan(512).total and found["vocabulary"] == {"size": model.config.n_vocab}
     assert "tokenizer" not in found and "template" not in found
     assert (found["experts"] is None) == (model.config.router is None)
@@ -469,6 +469,15 @@ def test_the_smallest_budget_is_told_of_every_board() -> None:
         least = int(re.findall(r"--memory (\d+)MiB", row)[0])
         run(name, "--board", "jetson-orin-nano", "--memory", f"{least}MiB")
         assert f"use --memory {least}MiB" in refused(name, "-b", "jetson-orin-nano", "--memory", f"{least - 1}MiB")
+
+
+def test_the_smallest_budget_is_one_that_starts() -> None:
+    """A tiny model needs less than a process of edgert takes while it starts."""
+    path = str(golden_path("olmoe-q4_0"))
+    least = describe(path)["memory"]["floor"]
+    assert least == STARTING_BYTES > open_plan_model(path).needs(128, "f16").floor().total
+    assert f"--memory {least >> 20}MiB" in run(path, "--board", "raspberry-pi-5")
+    run(path, "--board", "raspberry-pi-5", "--memory", f"{least >> 20}MiB")
 
 
 def test_this_machine_and_the_embedded_model() -> None:

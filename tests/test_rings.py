@@ -18,7 +18,7 @@ from edgert.chat_template import ChatTemplate
 from edgert.devices.cpu import CpuDevice
 from edgert.devices.kv_cache import KV_TYPES, KvCache, cache_bytes
 from edgert.devices.reference import ReferenceDevice
-from edgert.devices.rings import BLOCK, KEPT, length_of, reach_of
+from edgert.devices.rings import BLOCK, KEPT, Ring, length_of, reach_of
 from edgert.engine import Engine, Session
 from edgert.types import LayerConfig, ModelConfig
 
@@ -225,6 +225,31 @@ def test_a_step_further_back_is_refused() -> None:
         pair.made.step([1], pair.ring)
     pair.ring.tokens.clear()
     pair.whole.tokens.clear()
+    pair.run(pair.tokens(200), 32)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_whoever_breaks_in_while_a_ring_is_brought_back_loses_nothing(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt in the midst of the copies: the next text does not go on from blocks of two places."""
+    pair = Pair(engine("gpt-oss-mxfp4", 32))
+    pair.prompt(pair.tokens(150), (100,))
+    pair.run(pair.tokens(400), 32)
+    whole, turns = Ring.runs, itertools.count()
+
+    def broken(ring: Ring, position: int) -> Any:
+        for run_of_blocks in whole(ring, position):
+            if next(turns) == after:
+                raise KeyboardInterrupt
+            yield run_of_blocks
+
+    monkeypatch.setattr(Ring, "runs", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pair.ring.cut(120)
+    monkeypatch.undo()
+    assert pair.ring.cut(120) == 100
+    pair.whole.cut(100)
     pair.run(pair.tokens(200), 32)
 
 

@@ -140,8 +140,7 @@ def _memory(plan: Plan) -> str:
 def _floor(plan: Plan) -> str:
     request = plan.request
     cores = max(plan.board.main.n_cores, 1)
-    found = plan.memory or plan.model.needs(request.context, request.kv_type, cores).floor()
-    return _option(plan, found.floor or found.total)
+    return _option(plan, plan.model.needs(request.context, request.kv_type, cores).least_budget)
 
 
 def _option(plan: Plan, n_bytes: int) -> str:
