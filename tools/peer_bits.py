@@ -5,8 +5,9 @@ python tools/peer_bits.py MODEL-f16.gguf PROFILE.npz --peer FOLDER --text FILE..
 
 FOLDER holds llama-quantize, llama-imatrix and llama-perplexity. Each type is made without and with an importance matrix
 of the calibration text and measured on the same chunks; its tensors' types are read back from its file, for rows that
-do not fill a K-quant's block fall back. edgert's bundle gets as many bytes of weights, hot ones in --hot bits; 0 keeps
-the source's. --text takes plain text, or a .jsonl of dialogues; see measured_text.
+do not fill a K-quant's block fall back. What the source has quantised already is quantised again. edgert's bundle gets
+as many bytes of weights, hot ones in --hot bits; 0 keeps the source's. --text takes plain text, or a .jsonl of
+dialogues; see measured_text.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Peer:
         """Make one quantisation, and measure it on each text."""
         path = self._work / f"{kind}{'-imatrix' if with_matrix else ''}.gguf"
         matrix = ["--imatrix", self._matrix] if with_matrix else []
-        self._run("llama-quantize", *matrix, self._model, path, kind, self._threads)
+        self._run("llama-quantize", "--allow-requantize", *matrix, self._model, path, kind, self._threads)
         types, experts = Counter[str](), 0
         for tensor in gguf.GGUFReader(path).tensors:
             if len(tensor.shape) > 1:
