@@ -1,4 +1,4 @@
-"""Deploying, without a board: what a board's answers mean, what is in the way, what is to be done, which wheels fit."""
+"""Deploying, without a board: what a board's answers mean, what is in the way, what is to be done and was planned."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ pytest.importorskip("fabric", reason="fabric is not installed: pip install edger
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import deploy_report  # found through the line above
-import deploy_service
-from board_server import write_wheel
 from deploy_board import (
     GIB,
     MIB,
@@ -38,78 +36,7 @@ from deploy_board import (
 from deploy_bundle import find_bundle
 from deploy_forecast import Forecast, compared, forecast
 from deploy_steps import Action, State, Wanted, actions, room_needed, superfluous
-from deploy_wheels import Target, check_wheel, lacking, python_of, read_wheel
-
-# As an Orin Nano answers with JetPack 6.2, shortened.
-ORIN = """
-@@ system
-Linux
-
-@@ machine
-aarch64
-
-@@ bits
-64
-
-@@ release
-# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025
-# KERNEL_VARIANT: oot
-
-@@ model
-NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0
-@@ os
-Ubuntu 22.04.5 LTS
-
-@@ glibc
-glibc 2.35
-
-@@ pythons
-3.10 /usr/bin/python3
-3.10 /usr/bin/python3.10
-3.12 /usr/local/bin/python3.12
-
-@@ memory
-MemTotal:        7802880 kB
-MemFree:         4188620 kB
-MemAvailable:    6229000 kB
-
-@@ cores
-6
-
-@@ home
-/home/jetson
-
-@@ user
-jetson
-
-@@ uid
-1000
-
-@@ flash
-Filesystem     1024-blocks     Used Available Capacity Mounted on
-/dev/nvme0n1p1   238737052 61000000 165000000      27% /
-
-@@ power
-NV Power Mode: 15W
-0
-
-@@ modes
-< POWER_MODEL ID=0 NAME=15W >
-< POWER_MODEL ID=1 NAME=25W >
-< POWER_MODEL ID=2 NAME=MAXN_SUPER >
-
-@@ sudo
-
-@@ systemd
-/usr/bin/systemctl
-running
-
-@@ session
-yes
-
-@@ end
-"""
-BOARD = read_facts(ORIN)
+from orin_nano import BOARD, ORIN
 
 
 def problems(facts: Facts, **options: bool) -> dict[str, str]:
@@ -270,173 +197,6 @@ def test_two_releases_are_kept_and_what_only_others_need_is_removed() -> None:
     assert superfluous(State(["e1"], ["m1"], {"1": releases["1"]}, {}, "1"), "1") == []
     again = State(["e2", "e3"], ["m2", "m3"], {n: releases[n] for n in "23"}, {}, "3", "2")
     assert superfluous(again, "3") == []
-
-
-# ---- the service -----------------------------------------------------------------------------------------------------
-UNIT = deploy_service.Unit("/home/j/b/current", "A model 100%", "jetson", 3 * GIB, 4096, 4, True)
-
-
-def test_the_unit_has_its_limits() -> None:
-    lines = UNIT.text("system").splitlines()
-    command = "/home/j/b/current/env/bin/edgert serve /home/j/b/current/model.edge --memory 3072MiB --context 4096"
-    for line in (f"ExecStart={command}", "User=jetson", "MemoryMax=3072M", "CPUQuota=400%", "Restart=on-failure"):
-        assert line in lines
-    assert "WantedBy=multi-user.target" in lines and "Description=edgert: serve A model 100%%" in lines
-    user = replace(UNIT, cpus=None, serves=False, release="/home/a b/current").text("user")
-    assert "User=" not in user and "CPUQuota" not in user and "WantedBy=default.target" in user
-    assert 'ExecStart="/home/a b/current/env/bin/edgert" warmup' in user and "Type=oneshot" in user
-
-
-def test_systemd_itself_finds_no_fault_with_the_unit(tmp_path: Path) -> None:
-    import shutil
-
-    if not shutil.which("systemd-analyze"):
-        pytest.skip("there is no systemd-analyze")
-    release = tmp_path / "a b 50%n $HOME/current"
-    program = release / "env/bin/edgert"
-    program.parent.mkdir(parents=True)
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    for serves in (True, False):
-        unit = replace(UNIT, release=str(release), user="root", serves=serves)
-        path = tmp_path / deploy_service.NAME
-        path.write_text(unit.text("system"))
-        said = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
-        assert "edgert.service" not in said.stderr, said.stderr
-
-
-def words_of(line: str) -> list[str]:
-    """How systemd.syntax(7) splits a line, and what systemd.service(5) expands in it."""
-    words = []
-    for quoted, bare in re.findall(r'"((?:[^"\\]|\\.)*)"(?=\s|$)|([^\s"\'\\]+)(?=\s|$)', line):
-        word = re.sub(r"\\(x[0-9a-f]{2}|.)", lambda hit: chr(int(hit[1][1:], 16)) if hit[1][1:] else hit[1], quoted)
-        word = (word or bare).replace("%%", "\0")
-        assert "%" not in word
-        word = word.replace("\0", "%")
-        assert not words or not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", word)
-        words.append(word.replace("$$", "$") if words else word)
-    return words
-
-
-@given(st.text(st.sampled_from("ab/ \t\n'\"\\%$;x07"), max_size=12))
-def test_systemd_reads_the_folder_that_was_meant(folder: str) -> None:
-    release = f"/home/{folder}/current"
-    (line,) = (line for line in replace(UNIT, release=release).text("user").split("\n") if "ExecStart" in line)
-    assert words_of(line.removeprefix("ExecStart="))[:3] == [
-        f"{release}/env/bin/edgert",
-        "serve",
-        f"{release}/model.edge",
-    ]
-
-
-def test_a_folder_that_systemd_starts_nothing_from_is_refused() -> None:
-    for folder in ("/it's", '/a"b', "/a\tb", "/a\\b"):
-        with pytest.raises(DeployError, match="name another --folder, or use --service none"):
-            deploy_service.check_folder("user", folder)
-        deploy_service.check_folder("none", folder)
-    deploy_service.check_folder("user", "/a b/50%/$HOME/ü")
-
-
-def test_whose_service_it_is() -> None:
-    assert deploy_service.choose_scope("auto", BOARD) == "user"
-    assert deploy_service.choose_scope("auto", replace(BOARD, sudo=True)) == "system"
-    assert deploy_service.choose_scope("auto", replace(BOARD, systemctl=False)) == "none"
-    with pytest.raises(DeployError, match="needs sudo without a password"):
-        deploy_service.choose_scope("system", BOARD)
-    with pytest.raises(DeployError, match="no systemd"):
-        deploy_service.choose_scope("user", replace(BOARD, systemctl=False))
-
-
-def test_commands_are_root_s_only_where_they_must() -> None:
-    system = deploy_service.install_commands("system", replace(BOARD, sudo=True), "/b/edgert.service")
-    assert all(command[:2] == ["sudo", "-n"] for command in system)
-    assert system[0][2:] == ["install", "-D", "-m", "644", "/b/edgert.service", "/etc/systemd/system/edgert.service"]
-    assert [command[-2] for command in system[2:]] == ["enable", "reset-failed", "restart"]
-    chroot = deploy_service.install_commands("system", replace(BOARD, uid=0, sudo=True, systemd=False), "/u")
-    assert chroot[1:] == [["env", "SYSTEMD_OFFLINE=1", "systemctl", "enable", "edgert.service"]]
-    user = deploy_service.install_commands("user", BOARD, "/u")
-    assert user[0][-1] == "/home/jetson/.config/systemd/user/edgert.service"
-    assert ["env", "XDG_RUNTIME_DIR=/run/user/1000", "systemctl", "--user", "daemon-reload"] in user
-
-
-# ---- wheels ----------------------------------------------------------------------------------------------------------
-TARGET = Target((3, 10), "aarch64", (2, 35))
-ARM_LIBRARY = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\xb7\x00"
-X86_LIBRARY = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\x3e\x00"
-
-
-@pytest.mark.parametrize(
-    "tag",
-    [
-        "py3-none-any",
-        "cp310-cp310-manylinux_2_28_aarch64",
-        "cp39-abi3-manylinux_2_17_aarch64.manylinux2014_aarch64",
-        "cp310-cp310-linux_aarch64",
-    ],
-)
-def test_wheels_for_the_board_pass(tag: str, tmp_path: Path) -> None:
-    path = write_wheel(tmp_path, "onnxruntime_gpu", tag, {"a/b.so": ARM_LIBRARY, "a/c.so.1": ARM_LIBRARY})
-    check_wheel(path, TARGET)
-    assert python_of(path) == ((3, 10) if "cp310-cp310" in tag else None)
-
-
-@pytest.mark.parametrize(
-    "tag",
-    [
-        "cp310-cp310-linux_x86_64",
-        "cp312-cp312-linux_aarch64",
-        "cp310-cp310-manylinux_2_38_aarch64",
-        "cp310-cp310-win_arm64",
-    ],
-)
-def test_wheels_for_something_else_are_refused_by_name(tag: str, tmp_path: Path) -> None:
-    path = write_wheel(tmp_path, "onnxruntime_gpu", tag, {})
-    with pytest.raises(DeployError, match=rf"is for {tag}; the board is Python 3.10 on aarch64 with glibc 2.35"):
-        check_wheel(path, TARGET)
-
-
-def test_a_wheel_that_lies_is_refused_by_its_libraries(tmp_path: Path) -> None:
-    path = write_wheel(tmp_path, "onnxruntime_gpu", "cp310-cp310-linux_aarch64", {"a/b.so": X86_LIBRARY})
-    with pytest.raises(DeployError, match=r"a/b\.so in it is compiled for x86_64, whatever the wheel is called"):
-        check_wheel(path, TARGET)
-
-
-@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + bytes(18)])
-def test_what_is_no_wheel_is_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "thing-1.0-py3-none-any.whl"
-    path.write_bytes(content)
-    with pytest.raises(DeployError, match="is no wheel"):
-        check_wheel(path, TARGET)
-        read_wheel(path)
-    with pytest.raises(DeployError, match="is no wheel"):
-        read_wheel(path.rename(tmp_path / "thing.whl"))
-
-
-def test_dependencies_are_those_of_the_board_not_of_this_machine(tmp_path: Path) -> None:
-    requires = (
-        'Requires-Dist: tomli>=2; python_version < "3.11"\n'
-        'Requires-Dist: winloop; sys_platform == "win32"\n'
-        'Requires-Dist: arms; platform_machine == "aarch64"\n'
-        'Requires-Dist: starlette>=0.40; extra == "server"\n'
-        "Requires-Dist: numpy>=1.26\n"
-    )
-    wheel = read_wheel(write_wheel(tmp_path, "edgert", "py3-none-any", {}, requires))
-    assert lacking([wheel], ["edgert"], TARGET) == ["arms", "numpy>=1.26", "tomli>=2"]
-    newer = Target((3, 12), "x86_64", (2, 39))
-    assert lacking([wheel], ["edgert[server]"], newer) == ["numpy>=1.26", "starlette>=0.40"]
-    old = read_wheel(write_wheel(tmp_path, "numpy", "py3-none-any", {}))
-    assert lacking([wheel, old], ["edgert"], newer) == ["numpy>=1.26"]
-
-
-def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    one = write_wheel(tmp_path, "edgert", "py3-none-any", {"x.py": b"1"})
-    two = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"x.py": b"1"})
-    assert read_wheel(one).digest == read_wheel(two).digest
-    other = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"x.py": b"2"})
-    assert read_wheel(one).digest != read_wheel(other).digest and not read_wheel(one).serves
-    serving = write_wheel(tmp_path / "a", "edgert", "py3-none-any", {"edgert/cli/serve.py": b""})
-    assert read_wheel(serving).serves and read_wheel(serving).digest != read_wheel(one).digest
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
