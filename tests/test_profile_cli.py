@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from models import golden_path
-from test_profiling import write_text
+from profiling_runs import write_text
 
 from edgert.cli import main
 from edgert.experts.profile import OWN_TEXT, Profile, Sensitivity
