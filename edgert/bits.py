@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,3 +132,14 @@ def uniform(format: Format, config: ModelConfig, **others: Any) -> Bits:
     choice = np.zeros((config.n_layers, config.router.n_expert, len(PROJECTIONS)), np.int64)
     choice[:, :, PROJECTIONS.index("down")] = int(narrow is not wide)
     return Bits((wide, narrow), choice, **others).where_they_fit(config)
+
+
+def described(bits: Bits, config: ModelConfig) -> dict[str, Any]:
+    """What a manifest says of the bits, beside what was asked; of what is quantised."""
+    shapes, chosen = expert_shapes(config), bits.choice != AS_SOURCE
+    sizes = np.array([[format.matrix_bytes(*shape) for format in bits.formats] for shape in shapes])
+    n_bytes = sum(int(sizes[place, bits.choice[chosen[..., place], place]].sum()) for place in range(len(shapes)))
+    n_weights = int(chosen.sum()) * math.prod(shapes[0])
+    hot = "" if bits.hot is None else bits.hot.name
+    size = round(8 * n_bytes / n_weights, 4)
+    return {"quantiser": bits.quantiser, "hot": hot, "bytes": n_bytes, "bits_per_weight": size}

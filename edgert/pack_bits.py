@@ -19,7 +19,7 @@ import numpy as np
 from edgert import chosen_bits
 from edgert.allocating import Problem, Solution
 from edgert.architectures import read_config
-from edgert.bits import AS_SOURCE, PROJECTIONS, Bits, expert_shapes, hot_format, kept_words, uniform
+from edgert.bits import PROJECTIONS, Bits, described, hot_format, kept_words, uniform
 from edgert.divergence import Rise, rise, token_losses
 from edgert.edgemoe import low_bits, try_alone
 from edgert.errors import OptionError
@@ -59,7 +59,7 @@ from edgert.storage import bundle as bundles
 from edgert.storage.tensor_file import TensorFile
 from edgert.tensor_views import skipped
 from edgert.tier import tier_for
-from edgert.types import Floats, ModelConfig
+from edgert.types import Floats
 from edgert.weights import Progress, Weights
 from edgert.work_folder import work_of
 
@@ -389,14 +389,3 @@ class _Run:
 
 def _no_tiles(place: tuple[int, int, int], first: int, n_bytes: int) -> Bytes:
     raise AssertionError(f"sizes are asked for, and so no tiles: {place}, {first}, {n_bytes}")
-
-
-def described(bits: Bits, config: ModelConfig) -> dict[str, Any]:
-    """What a manifest says of the bits, beside what was asked; of what is quantised."""
-    shapes, chosen = expert_shapes(config), bits.choice != AS_SOURCE
-    sizes = np.array([[format.matrix_bytes(*shape) for format in bits.formats] for shape in shapes])
-    n_bytes = sum(int(sizes[place, bits.choice[chosen[..., place], place]].sum()) for place in range(len(shapes)))
-    n_weights = int(chosen.sum()) * math.prod(shapes[0])
-    hot = "" if bits.hot is None else bits.hot.name
-    size = round(8 * n_bytes / n_weights, 4)
-    return {"quantiser": bits.quantiser, "hot": hot, "bytes": n_bytes, "bits_per_weight": size}

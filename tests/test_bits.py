@@ -12,7 +12,7 @@ import pytest
 
 from edgert.allocating import Problem, record_bytes
 from edgert.architectures import read_config
-from edgert.bits import Bits, expert_shapes, fitting, hot_format
+from edgert.bits import Bits, described, expert_shapes, fitting, hot_format
 from edgert.errors import OptionError
 from edgert.experts.allocation import allocate
 from edgert.experts.profile import Sensitivity
@@ -20,7 +20,6 @@ from edgert.experts.speed_allocation import Tier
 from edgert.experts.trace import Trace
 from edgert.goal import Goal, parse_loss, parse_target
 from edgert.pack import Packing, pack_locked
-from edgert.pack_bits import described
 from edgert.pack_place import Place
 from edgert.quant.formats import FORMATS, Format
 from edgert.quant.quantisers import quantise

@@ -24,9 +24,8 @@ import numpy as np
 from measured_text import measured_text
 
 from edgert.allocating import Problem
-from edgert.bits import Bits, uniform
+from edgert.bits import Bits, described, uniform
 from edgert.experts.profile import Profile
-from edgert.pack_bits import described
 from edgert.perplexity import chunks as cut
 from edgert.proof_text import held_out_chunks
 from edgert.quant.formats import FORMATS
