@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgert.chat_template import ChatTemplate
-from edgert.corpus_files import Document, read_parts
+from edgert.corpus_files import Document, Whole, read_parts
 from edgert.errors import OptionError, TemplateError
 from edgert.experts.text_overlap import Words, copies
 from edgert.tokenizer import Tokenizer
@@ -62,6 +62,13 @@ def read_corpora(
         progress(f"reading {name}", place / len(paths))
         found.append(_read(name, path, _Encoder(tokenizer, template), n_chunks, chunk, held_out, least))
     return without_copies(found, template_words(template))
+
+
+def whole_chunks(text: Whole, tokenizer: Tokenizer, template: ChatTemplate, chunk: int) -> Chunks:
+    """All whole chunks of a text: plain text as edgert.perplexity cuts it, documents as they are calibrated on."""
+    encoder = _Encoder(tokenizer, template)
+    tokens = tokenizer.encode(text) if isinstance(text, str) else encoder.encode(text)
+    return list(map(encoder.begin, _cut([tokens], chunk)))
 
 
 def least_held_out(n_chunks: int, n_corpora: int = 1) -> int:

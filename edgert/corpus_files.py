@@ -19,6 +19,7 @@ from edgert.storage.bundle import is_bundle
 
 Message = dict[str, str]  # role and content, as chat templates want them
 Document = str | list[Message]
+Whole = str | list[Document]  # of a file: plain text, or the documents of JSON
 
 _JSON, _LINES = (".json",), (".jsonl", ".ndjson")
 _MOST_JSON, _MOST_LINE = 256 << 20, 16 << 20
@@ -60,6 +61,16 @@ def read_parts(path: Path, n_parts: int, part_bytes: int) -> list[list[Document]
     if not any(_has_text(document) for part in parts for document in part):
         raise OptionError(f"{path} holds {'no text' if status.st_size else 'nothing'}: name a file with text in it")
     return parts
+
+
+def read_whole(path: Path) -> Whole:
+    """All of a file; raises as read_parts does."""
+    (documents,) = read_parts(path, 1, 1 << 62)
+    if path.suffix.lower() in (*_JSON, *_LINES):
+        return documents
+    (text,) = documents
+    assert isinstance(text, str)
+    return text
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgert import perplexity
 from edgert.chosen_bits import PROFILE, PROOF, profile_digest
+from edgert.corpus import whole_chunks
+from edgert.corpus_files import Whole
 from edgert.experts.profile import Profile
 from edgert.goal import Goal
 from edgert.loading import words
@@ -26,31 +28,32 @@ _TOKENS, _HELD_OUT = 20_000, 0.2  # of a profile that is made here; half of what
 class Request:
     """A pack with chosen bits.
 
-    text: what to prove on, unseen by calibration, and its name; None takes what the profile kept back. options:
-    keywords of edgert.load.
+    text: what to prove on, unseen by calibration, as read_whole gives it, and its name; None takes what the profile
+    kept back. options: keywords of edgert.load.
     """
 
     source: Path
     out: Path
     profile: Profile
     goal: Goal
-    text: str | None = None
+    text: Whole | None = None
     text_name: str = ""
     dask: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def asked(self) -> dict[str, Any]:
         """What a bundle is compared with, to know whether it is the one that is asked for."""
-        proof = {} if self.text is None else {PROOF: hashlib.sha256(self.text.encode()).hexdigest()[:32]}
-        return {**self.goal.as_document(), PROFILE: profile_digest(self.profile), **proof}
+        asked = {**self.goal.as_document(), PROFILE: profile_digest(self.profile)}
+        if self.text is not None:
+            text = self.text if isinstance(self.text, str) else json.dumps(self.text)
+            asked[PROOF] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return asked
 
     def proof_text(self, file: TensorFile) -> ProofText:
         """The text to choose and to prove by; file: the source. Raises as edgert.proof_text does."""
         chunks = None
         if self.text is not None:
-            tokenizer, _ = words(file)
-            bos = tokenizer.bos_id if tokenizer.add_bos else None
-            chunks = perplexity.chunks(tokenizer.encode(self.text), self.profile.chunk, None, bos)
+            chunks = whole_chunks(self.text, *words(file), self.profile.chunk)
         return proof_text(self.profile, chunks, self.text_name, selects=self.goal.loss is not None)
 
 

@@ -38,8 +38,9 @@ def proof_text(profile: Profile, given: Chunks | None, name: str, *, selects: bo
     """
     kept, select = held_out_chunks(profile), Chunks()
     prove = kept if given is None else given
-    if given is not None:
+    if given:
         _check_unseen(given, profile, name)
+    if given is not None:
         select = kept if len(kept) >= _LEAST else []
     if selects and not select:
         select, prove = prove[::2], prove[1::2]

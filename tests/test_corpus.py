@@ -14,9 +14,10 @@ from vocabularies import CONTROL, byte_level
 
 from edgert import corpus, corpus_files
 from edgert.chat_template import ChatTemplate
-from edgert.corpus import Corpus, read_corpora
-from edgert.corpus_files import read_parts
+from edgert.corpus import Corpus, read_corpora, whole_chunks
+from edgert.corpus_files import read_parts, read_whole
 from edgert.errors import OptionError
+from edgert.perplexity import chunks
 from edgert.tokenizer import Tokenizer
 
 KEYS = byte_level([], {"<s>": CONTROL, "<u>": CONTROL, "<a>": CONTROL}, bos_token_id=256, add_bos_token=False)
@@ -47,6 +48,22 @@ def texts(path: Path) -> list[str]:
 
 def decoded(one: Corpus) -> list[str]:
     return [TOKENIZER.decode(chunk, special=True) for chunk in [*one.tokens, *one.held_out]]
+
+
+# ---- a whole file ----------------------------------------------------------------------------------------------------
+def test_dialogues_are_proved_on_as_they_are_calibrated_on_and_plain_text_is_cut_as_for_perplexity(
+    tmp_path: Path,
+) -> None:
+    said = [{"role": role, "content": f"{n:03d}" * 5} for n in range(9) for role in ("user", "assistant")]
+    path, text = tmp_path / "d.jsonl", "".join(f"{n:04d}" for n in range(20)) + "\n"
+    path.write_text("".join(json.dumps({"messages": said[n : n + 2]}) + "\n" for n in range(0, 18, 2)))
+    (calibrated,) = read(path, held_out=0.0, n_tokens=1000)
+    assert whole_chunks(read_whole(path), TOKENIZER, TEMPLATE, 16) == calibrated.tokens and len(calibrated.tokens) == 18
+    path = tmp_path / "t.txt"
+    path.write_text(text)
+    tokenizer = Tokenizer.from_metadata({**KEYS, "tokenizer.ggml.add_bos_token": True})
+    expected = chunks(tokenizer.encode(text), 16, None, tokenizer.bos_id)
+    assert whole_chunks(read_whole(path), tokenizer, TEMPLATE, 16) == expected and len(expected) == 5
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(tmp_path: Path, model: Path, pl
 
 
 def test_what_the_command_prints(tmp_path: Path, model: Path, place: Path, profile: Profile) -> None:
-    out = tmp_path / "m.edge"
+    out, dialogue = tmp_path / "m.edge", tmp_path / "d.jsonl"
+    dialogue.write_text('{"messages": [{"role": "user", "content": "geese"}]}')
     words = ["pack", str(model), str(out), "--profile", str(place / "profile.npz"), "--context", "128"]
     result = RUN.invoke(app, [*words, "--size", "4bpw"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -205,8 +206,9 @@ def test_what_the_command_prints(tmp_path: Path, model: Path, place: Path, profi
         (["--hot", "8"], "--loss 2%"),
         (["--hot", "0"], "--hot is for choosing bits: add --loss 2%"),
         (["--loss", "2%", "--proof", str(tmp_path / "absent.txt")], "absent.txt"),
+        ([*words[3:], "--loss", "2%", "--proof", str(dialogue)], "d.jsonl has 0 chunks of 128 tokens"),
     ):
-        result = RUN.invoke(app, ["pack", str(model), str(out), *extra])
+        result = RUN.invoke(app, ["pack", str(model), str(tmp_path / "other.edge"), *extra])
         assert result.exit_code != 0 and message in result.output.replace("\n", " "), result.output
 
 

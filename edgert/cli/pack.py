@@ -12,7 +12,7 @@ import typer
 
 from edgert.cli import output
 from edgert.cli.interrupts import while_loading
-from edgert.cli.options import Chosen, Json, command, read_file
+from edgert.cli.options import Chosen, Json, command
 from edgert.errors import OptionError
 
 if TYPE_CHECKING:
@@ -60,7 +60,12 @@ ProfileFile = Annotated[
 Quantiser = Annotated[str | None, _option("--quantiser", "NAME", "rtn, hqq, awq or gptq; gptq if not set.")]
 Hot = Annotated[int | None, _option("--hot", "BITS", "Bits of hot weights that have more: 8 if not set; 0 keeps them.")]
 Text = Annotated[
-    Path | None, _option("--proof", "FILE", "Text to measure the loss on, instead of what the profile kept back.")
+    Path | None,
+    _option(
+        "--proof",
+        "FILE",
+        "Text to measure the loss on, instead of what the profile kept back: plain, .jsonl or .json.",
+    ),
 ]
 Cluster = Annotated[
     str | None, _option("--dask", "ADDRESS", "Quantise on a Dask cluster, such as tcp://host:8786, instead of here.")
@@ -102,13 +107,13 @@ def pack(
         _pack_as_it_is(source, out, profile, json)
         return
     goal = _goal({**words, **others}, chosen.runtime.get("memory"))
-    text = None if proof is None else read_file(proof)
     with reporting("packing") as report:
+        from edgert.corpus_files import read_whole
         from edgert.pack import check_goal, default_out
         from edgert.pack_bits import Request, pack_bits, profile_for
         from edgert.work_folder import work_of
 
-        target = out or default_out(source)
+        target, text = out or default_out(source), None if proof is None else read_whole(proof)
         options = {**chosen.runtime}
         if goal.memory is not None:  # what the runtime will have, not this
             options.pop("memory")
