@@ -33,7 +33,12 @@ from jobs_to_run import (
 )
 
 from edgert.errors import JobError, OptionError
+from edgert.goal import Goal
 from edgert.jobs import run_jobs
+from edgert.pack_bits import Request, pack_bits
+from edgert.profiling import profile_model
+from edgert.weights import silent
+from tests import tiny_moe
 
 
 def lines(path: Path) -> list[str]:
@@ -217,6 +222,31 @@ def test_a_killed_worker_of_a_cluster_costs_time_alone(cluster: str, tmp_path: P
     killer.join()
     assert len(lines(meetings[0].arrived)) == 2
     assert found == {index: int(lines(meeting.arrived)[-1]) for index, meeting in enumerate(meetings)}
+
+
+def test_a_cluster_chooses_and_makes_the_same_bits_though_workers_are_killed(
+    local_cluster: Any, cluster: str, tmp_path: Path
+) -> None:
+    model, text, options = tiny_moe.write(tmp_path / "tiny.gguf"), tmp_path / "text.txt", {"context": 128}
+    text.write_text(tiny_moe.text(6000, 1))
+    made = profile_model(model, tmp_path / "p.npz", corpora=[text], n_tokens=1024, progress=silent, **options).profile
+    killed = list[str]()
+
+    def kill_once(stage: str, fraction: float) -> None:
+        """One worker, when the first job of a kind is done and others are under way."""
+        kind = stage.partition(":")[0]
+        if kind in ("trying formats", "quantising") and kind not in killed:
+            killed.append(kind)
+            local_cluster.wait_for_workers(2, timeout=PATIENCE_S)
+            os.kill(local_cluster.workers[len(killed) - 1].process.pid, signal.SIGKILL)
+
+    found = {}
+    for dask, progress in ((None, silent), (cluster, kill_once)):
+        out = tmp_path / f"{dask is None}.edge"
+        request = Request(model, out, made, Goal(bits_per_weight=3.0), dask=dask, options=options)
+        found[dask] = pack_bits(request, progress).bits, (out / "experts.bin").read_bytes()
+    assert killed == ["trying formats", "quantising"]
+    assert found[None] == found[cluster]
 
 
 def test_what_a_function_raises_in_a_cluster_is_raised(cluster: str) -> None:
