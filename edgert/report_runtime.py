@@ -8,7 +8,7 @@ import numpy as np
 
 from edgert.experts.choice import DEFAULT_POLICY
 from edgert.experts.predictors import DEFAULT
-from edgert.experts.replay import Belady, Report
+from edgert.experts.replay import Belady, Hits, Report
 from edgert.report_numbers import warm_tokens
 from edgert.report_page import Fact, Section, Table
 from edgert.report_speed import ARITHMETIC_SHARE, FLASH, READ_S, WORTH, Machine, Row, enough, what_if
@@ -34,6 +34,8 @@ def policies(found: Report) -> Section:
         f"what is asked for there ({others}). Belady, who knows the future, would find {per_cent(foreseen)}: better "
         f"foresight could gain at most {100 * (foreseen - rates[best]):.1f} points."
     )
+    if any(_finds_more_and_reads_more(hits[place], found.policies[best][place]) for hits in found.policies.values()):
+        says += " Others find more of them there, but read more bytes, for experts differ in size."
     order = sorted(found.policies, key=lambda name: (name != Belady.name, -rates[name]))
     rows = [[name, *(per_cent(hits.rate) for hits in found.policies[name])] for name in order]
     warm = warm_tokens(found.trace)
@@ -47,6 +49,10 @@ def policies(found: Report) -> Section:
     table = Table("policies-rates", caption, ["policy", *map(per_cent, shares)], rows)
     title = "How large a buffer pays, and which policy"
     return Section("policies", title, says, _draw_policies(found, best), note, more=[table])
+
+
+def _finds_more_and_reads_more(one: Hits, other: Hits) -> bool:
+    return one.rate > other.rate and one.byte_rate < other.byte_rate
 
 
 def _draw_policies(found: Report, best: str) -> str:

@@ -18,7 +18,9 @@ from models import golden_path
 from profiling_runs import write_text
 
 from edgert.cli import main
+from edgert.cli import profile as profile_command
 from edgert.experts.profile import OWN_TEXT, Profile, Sensitivity
+from edgert.profiling import Profiled
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ("--no-sensitivity", "--context", "64", "--threads", "1")
@@ -72,6 +74,14 @@ def test_without_a_corpus_the_model_writes_and_that_is_said(run: Run, tmp_path: 
     assert lines[2].startswith("2 of 6 experts a token in 2 layers; ")
 
 
+def test_where_all_was_run_earlier_no_rate_is_said(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_text(tmp_path / "t.txt")
+    assert run("m.gguf", *QUICK, "--tokens", 128, "--corpus", "t.txt", "--out", "t.npz")[0] == 0
+    path = tmp_path / "t.npz"
+    profile_command.show(Profiled(Profile.load(path), path, 0, 128, 0.5, ()))
+    assert capfd.readouterr().out.startswith(f"{path}: 128 tokens by an earlier run\n")
+
+
 def test_profiles_are_merged_with_weights(run: Run, tmp_path: Path) -> None:
     for name in "ab":
         write_text(tmp_path / f"{name}.txt", seed=ord(name))
@@ -100,7 +110,7 @@ def test_what_quantising_costs_is_said(run: Run, tmp_path: Path) -> None:
     code, out, err = run("m.gguf", "--context", 64, "--threads", 1, "--tokens", 128, "--corpus", "t.txt")
     assert code == 0, err
     assert out.splitlines()[-2:] == [
-        "expected rise of perplexity: 0.4% with 4 bits, 1.6% with 3 bits for all experts (gptq)",
+        "expected rise of perplexity: 0.40% with 4 bits, 1.61% with 3 bits for all experts (gptq)",
         "what costs most of it: layers 0 (75%), 1 (25%); gate 25%, up 25%, down 50%",
     ]
     code, out, err = run("m.gguf", "--context", 64, "--tokens", 128, "--corpus", "t.txt", "--quantiser", "rtn")
@@ -124,6 +134,8 @@ REFUSED = {
     "one to merge": (["--merge", "a.npz", "--out", "c.npz"], "--merge names one profile"),
     "nowhere to merge to": (["--merge", "a.npz", "b.npz"], "--merge takes profiles and --out FILE"),
     "a model to merge": (["m.gguf", "--merge", "a.npz", "b.npz", "-o", "c"], "and neither a model nor --corpus"),
+    "a place of its own to merge to": (["--merge", "a.npz", "b.npz=2", "--out", "b.npz"], "--out b.npz is one of the"),
+    "no corpus named": (["m.gguf", "--corpus", "--tokens", "64"], "--corpus names no file; --tokens follows it"),
     "no profile": (["--merge", "empty.txt=1", "m.gguf", "--out", "c.npz"], "empty.txt is not a profile"),
     "no weight": (["--merge", "a.npz=x", "b.npz", "--out", "c.npz"], "'x' is no weight; write FILE=WEIGHT"),
 }

@@ -21,8 +21,9 @@ from made_profiles import (
     tables_of,
 )
 
+from edgert import report_runtime
 from edgert.experts.policies import POLICIES, make_policy
-from edgert.experts.replay import Belady, replay_policy
+from edgert.experts.replay import Belady, Hits, Report, replay_policy
 from edgert.quant.formats import FORMATS
 from edgert.report import render
 from edgert.report_loss import loss_curve
@@ -159,6 +160,16 @@ def test_replayed_rates_and_speeds_say_what_replay_says(page: str) -> None:
         and last[3] == "--"
         and number(last[-1]) == pytest.approx(1 / compute, rel=0.001)
     )
+
+
+def test_a_policy_that_is_chosen_for_its_bytes_while_another_finds_more_experts_says_so() -> None:
+    def says(cost_bytes: int) -> str:
+        hits = {"cost": (40, cost_bytes), "lfru": (45, 400), "lru": (60, 600), Belady.name: (30, 300)}
+        policies = {name: [Hits(1, 100, missed, 1000, n_bytes)] for name, (missed, n_bytes) in hits.items()}
+        return report_runtime.policies(Report(made_profile().trace(), [0.25], policies, {})).says
+
+    assert "`lfru` finds 55.0 %" in says(500) and says(500).endswith("for experts differ in size.")
+    assert "`cost` finds 60.0 %" in says(380) and "differ in size" not in says(380)
 
 
 def test_the_memory_suggested_is_the_least_worth_having_that_fits() -> None:

@@ -64,6 +64,8 @@ class ProfileCommand(TyperCommand):
         option, written = "", list[str]()
         for place, arg in enumerate(args):
             if arg.startswith("-"):
+                if option and args[place - 1] == option:
+                    raise OptionError(f"{option} names no file; {arg} follows it")
                 name, _, value = arg.partition("=")
                 option = name if name in ("--corpus", "--merge") else ""
                 written += [name, value] if option and value else [arg]
@@ -175,6 +177,8 @@ def _merged(texts: list[str], out: Path | None, model: str | None, corpus: list[
     if len(texts) < 2:
         raise OptionError("--merge names one profile; name at least two, such as a.npz=0.7 b.npz=0.3")
     named = [_weighted(text) for text in texts]
+    if any(path.absolute() == out.absolute() for path, _ in named):
+        raise OptionError(f"--out {out} is one of the profiles that are merged: name another file")
     parts = [Part(str(path), Profile.load(path), weight) for path, weight in named]
     merged = merge(parts)
     before, after = (
@@ -287,8 +291,9 @@ def show(done: Profiled) -> None:
         output.write(f"{done.path}: profiled already on this text, {done.profile.n_tokens:,} tokens\n")
     else:
         rate = f"{done.n_run / max(done.seconds, 1e-9):,.0f} tokens/s"
-        earlier = f", {done.n_resumed:,} more by an earlier run" if done.n_resumed else ""
-        output.write(f"{done.path}: {done.n_run:,} tokens in {done.seconds:.1f} s, {rate}{earlier}\n")
+        ran = [f"{done.n_run:,} tokens in {done.seconds:.1f} s, {rate}"] if done.n_run else []
+        earlier = [f"{done.n_resumed:,} {'more' if ran else 'tokens'} by an earlier run"] if done.n_resumed else []
+        output.write(f"{done.path}: {', '.join([*ran, *earlier])}\n")
     _show_about(_about(done.profile))
 
 
@@ -317,7 +322,7 @@ def _show_about(about: dict[str, Any]) -> None:
     recall = ", ".join(f"{name} {share:.0%}" for name, share in about["recall"].items() if share is not None)
     output.write(f"experts of the next layer foreseen: {recall or 'none'}\n")
     if (costs := about["costs"]) and costs["rise"]:
-        rises = ", ".join(f"{rise:.1%} with {width} bits" for width, rise in costs["rise"].items())
+        rises = ", ".join(f"{rise:.2%} with {width} bits" for width, rise in costs["rise"].items())
         output.write(f"expected rise of perplexity: {rises} for all experts ({about['sensitivity']})\n")
         layers = ", ".join(f"{layer} ({share:.0%})" for layer, share in costs["layers"].items())
         parts = ", ".join(f"{name} {share:.0%}" for name, share in costs["projections"].items())
