@@ -5,6 +5,7 @@ For choosing bits with the cache in mind, before the bundle is there; the plan i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from edgert.errors import OptionError
@@ -23,7 +24,7 @@ def tier_for(weights: Weights, memory: int, place: Path, n_context: int) -> tupl
 
     OptionError where all experts fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
     """
-    needed = needs(weights, n_context, "f16")
+    needed = replace(needs(weights, n_context, "f16"), compiling=False)  # the first run alone waits for the compiler
     plan = plan_memory(needed, Budget(memory, memory, memory))
     if not plan.slots:
         raise OptionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from edgert.goal import Goal
 from edgert.needs import needs
 from edgert.pack_bits import PackedBits, Request, pack_bits, work_of
 from edgert.profiling import profile_model
+from edgert.quant import jit
 from edgert.quant.formats import FORMATS
 from edgert.quantising import profile_counts
 from edgert.requantised import Bytes, RequantisedSource
 from edgert.storage.bundle import read_manifest
 from edgert.storage.gguf_file import GgufFile
+from edgert.tier import tier_for
 from edgert.weights import Weights, silent
 from tests import tiny_moe
 
@@ -87,7 +90,15 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile]:
 
 
 def budgets(model: Path, profile: Profile) -> tuple[int, int]:
-    """The floor of the smallest bundle, and what holds all of its experts, in bytes."""
+    """The floor of the smallest bundle, and what holds all of its experts, in bytes; with its kernels compiled."""
+    with smallest(model, profile) as weights:
+        found = replace(needs(weights, OPTIONS["context"], "f16"), compiling=False)
+    return found.floor().total, found.plan(min(found.work)).total
+
+
+@contextlib.contextmanager
+def smallest(model: Path, profile: Profile) -> Iterator[Weights]:
+    """The weights of the smallest bundle, not to be read."""
 
     def unread(*_: Any) -> Bytes:
         raise AssertionError("weights are read")
@@ -95,11 +106,8 @@ def budgets(model: Path, profile: Profile) -> tuple[int, int]:
     assert profile.sensitivity is not None
     with contextlib.closing(GgufFile.open(model)) as file:
         config = read_config(file.metadata, str(model))
-        smallest = Problem(profile.sensitivity, config, hot_format(8)).smallest().bits
-        found = needs(
-            Weights(file, config, source=RequantisedSource(file, smallest, unread)), OPTIONS["context"], "f16"
-        )
-    return found.floor().total, found.plan(min(found.work)).total
+        bits = Problem(profile.sensitivity, config, hot_format(8)).smallest().bits
+        yield Weights(file, config, source=RequantisedSource(file, bits, unread))
 
 
 def test_bits_for_speed_keep_the_bound_and_stream(tmp_path: Path, larger: tuple[Path, Profile]) -> None:
@@ -115,6 +123,19 @@ def test_bits_for_speed_keep_the_bound_and_stream(tmp_path: Path, larger: tuple[
         expected = resident.logits(ids)
     with edgert.load(tmp_path / "m.edge", **OPTIONS, residency="50%") as streamed:
         assert np.array_equal(streamed.logits(ids), expected)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_room_for_the_compiler_is_not_taken_off_the_buffer(
+    compiled: bool, tmp_path: Path, larger: tuple[Path, Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jit, "is_compiled", lambda kernel: compiled)
+    memory = sum(budgets(*larger)) // 2
+    with smallest(*larger) as weights:
+        tier, _ = tier_for(weights, memory, tmp_path, OPTIONS["context"])
+        needed = replace(needs(weights, OPTIONS["context"], "f16"), compiling=False)
+    assert needed.plan(min(needed.work), tier.buffer_bytes).total <= memory
+    assert needed.plan(min(needed.work), tier.buffer_bytes + needed.record).total > memory
 
 
 def test_speed_is_refused_at_once_where_all_experts_fit_and_where_nothing_runs(
