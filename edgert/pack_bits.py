@@ -81,7 +81,7 @@ class PackedBits:
         size, quantiser = self.bits["bits_per_weight"], self.bits["quantiser"]
         yield f"experts: {size:.2f} bits per weight, scales counted ({quantiser})"
         yield from chosen_bits.lines(self.bits)
-        yield from self.proof.lines()
+        yield from self.proof.lines(self.bits["asked"].get("loss"))
 
 
 def pack_bits(request: Request, progress: Progress) -> PackedBits:

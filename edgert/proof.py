@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 VALID_JSON = "valid JSON"
 _COUNTS = ("n_chunks", "n_tokens")
+_UNSURE = 0.5  # of a bound: a larger standard error leaves in doubt whether it is kept
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,12 @@ class Proof:
             found[name] = f"{score.before:.1%} -> {score.after:.1%} of {score.n:,}"
         return found
 
-    def lines(self) -> Iterator[str]:
-        """The same, a line for each."""
+    def lines(self, bound: float | None = None) -> Iterator[str]:
+        """The same, a line for each; and whether it says little of a bound that the rise was to keep."""
         yield from (f"{name}: {text}" for name, text in self.words().items())
+        error = self.comparison.standard_error
+        if bound is not None and error > _UNSURE * bound:
+            yield f"unsure: a standard error of {error:.2%} says little of --loss {100 * bound:g}%; prove on more text"
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any], where: str) -> Proof:

@@ -56,6 +56,13 @@ def test_a_proof_comes_back_as_it_was() -> None:
     assert Proof.from_document({**document, "scores": {}}, "m").scores == {}
 
 
+def test_a_standard_error_that_leaves_the_bound_in_doubt_is_said() -> None:
+    assert list(PROOF.lines(0.02)) == list(PROOF.lines()) == list(PROOF.lines(0.0042))
+    *lines, last = PROOF.lines(0.004)
+    assert lines == list(PROOF.lines())
+    assert last == "unsure: a standard error of 0.21% says little of --loss 0.4%; prove on more text"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
