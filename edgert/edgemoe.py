@@ -35,8 +35,8 @@ def low_bits(low: npt.NDArray[np.bool_], quantiser: str, hot: Format | None) -> 
 class Alone(NamedTuple):
     """What became of the model with each expert alone at the low width, (n_layers, n_expert): nats a token.
 
-    loss: on calibration text; kl: divergence from the untouched model there. Not a number for experts that were never
-    routed to, which so keep the base width.
+    loss: on calibration text; kl: divergence there from the model with all experts at the base width. Not a number for
+    experts that were never routed to, which so keep the base width.
     """
 
     loss: npt.NDArray[np.float64]
@@ -81,6 +81,8 @@ def try_alone(
         len(turns) - len(missing),
         speed=lambda rate: f"{rate:.1f} experts/s",
     )
+    if missing:
+        trial.compare_with_this(chunks)
     for layer, expert in missing:
         put_expert(trial, weights, low, reader(low, store), layer, expert)
         measured = trial.measure(chunks)

@@ -1,7 +1,8 @@
 """A resident model whose experts can be exchanged, to measure what it loses with others in their place.
 
-The untouched model's predictions are kept as half floats, as many as there is room for, so that a measurement costs one
-run of the text. Nothing here knows how weights were quantised, or what a measurement is for.
+The predictions that are compared with, the untouched model's unless told otherwise, are kept as half floats, as many as
+there is room for, so that a measurement costs one run of the text. Nothing here knows how weights were quantised, or
+what a measurement is for.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ Projections = tuple[MatrixSource, MatrixSource, MatrixSource]  # gate, up, down
 
 
 class Measured(NamedTuple):
-    """A model with some experts exchanged, against the untouched one."""
+    """A model with some experts exchanged, against the reference: the untouched one, or as Trial.compare_with_this."""
 
     losses: npt.NDArray[np.float64]  # (n_chunks,): mean negative log-likelihood of a chunk's scored tokens, nats
-    kl: float  # mean Kullback-Leibler divergence from the untouched model, nats a token
+    kl: float  # mean Kullback-Leibler divergence from the reference, nats a token
     top1: float  # share of the tokens of which both have the same most probable one
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The untouched model's predictions of one chunk."""
+    """What is compared with: predictions of one chunk."""
 
-    log_p: npt.NDArray[np.float16]  # (n_tokens, n_vocab)
+    log_p: npt.NDArray[Any]  # float16 or float32 (n_tokens, n_vocab)
     best: npt.NDArray[np.int64]  # (n_tokens,)
     loss: float
 
@@ -70,6 +71,7 @@ class Trial:
         self._free: list[npt.NDArray[np.uint8]] = []  # records no longer pointed to
         self._parts_of: dict[tuple[Format, ...], tuple[PackedPart, ...]] = {}
         self._references: dict[tuple[int, ...], _Reference] = {}
+        self._instead: dict[tuple[int, ...], _Reference] = {}  # of the untouched model's, of some chunks
 
     def __enter__(self) -> Trial:
         return self
@@ -156,8 +158,20 @@ class Trial:
         return aligned(n_bytes)
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
+    def compare_with_this(self, chunks: Sequence[Sequence[int]]) -> None:
+        """Hold these chunks against the model as it is now, and not against the untouched one, from here on.
+
+        What one exchange more does is told far better so: against the untouched model, the product of its errors with
+        those of all the others comes in, which is a matter of chance. Predictions are kept as floats, whatever room
+        they take, and the divergence is exact to about 1e-9 nats.
+        """
+        with self._model.held() as parts:
+            check_chunks(chunks, parts.engine.config.n_vocab, parts.session.cache.n_context)
+            for chunk in chunks:
+                self._instead[tuple(chunk)] = _predict(parts, list(chunk), np.float32)
+
     def measure(self, chunks: Sequence[Sequence[int]]) -> Measured:
-        """What the model makes of chunks of token ids, against what the untouched model makes of them.
+        """What the model makes of chunks of token ids, against what the reference makes of them.
 
         A chunk's reference is computed when it is first asked for. It is kept as half floats: the divergence is exact
         to about 1e-6 nats, and exactly 0 where nothing is exchanged. Raises as edgert.divergence.compare does.
@@ -174,7 +188,7 @@ class Trial:
         """Mean loss of one chunk, and of each scored token the divergence and whether the best one agrees."""
         reference, targets = self._reference(parts, chunk), chunk[len(chunk) // 2 + 1 :]
         n = len(targets)
-        if not self._originals:
+        if not self._originals and tuple(chunk) not in self._instead:
             return reference.loss, np.zeros(n), np.ones(n, np.bool_)
         losses, kl, best = np.empty(n), np.empty(n), np.empty(n, np.int64)
         p, q, work = np.empty((3, parts.engine.config.n_vocab), np.float32)
@@ -187,10 +201,10 @@ class Trial:
         return float(losses.mean()), kl, best == reference.best
 
     def _reference(self, parts: Parts, chunk: list[int]) -> _Reference:
-        """The untouched model's predictions of a chunk, computed or kept."""
+        """The predictions of a chunk to compare with, computed or kept."""
         key = tuple(chunk)
-        if key in self._references:
-            return self._references[key]
+        if found := self._instead.get(key) or self._references.get(key):
+            return found
         with self._untouched(parts):
             made = _predict(parts, chunk)
         if made.log_p.nbytes <= self._room:
@@ -218,26 +232,28 @@ class Trial:
 
 
 def _divergence(log_p: Floats, log_q: Floats, work: Floats) -> float:
-    """sum of p log(p / q) - p + q over (n_vocab,) values, where q sums to 1; log_q is overwritten.
+    """sum of p log(p / q) - p + q over (n_vocab,) values; log_q is overwritten.
 
-    The two last terms take away what p's rounding to half floats would otherwise add to first order.
+    The two last terms take away what rounding, p's to half floats above all, would otherwise add to first order.
     """
+    np.exp(log_q, out=work)
+    rest = float(work.sum(dtype=np.float64))
     np.subtract(log_p, log_q, out=log_q)
     np.exp(log_p, out=work)
-    return max(0.0, float(np.dot(work, log_q)) - float(work.sum(dtype=np.float64)) + 1.0)
+    return max(0.0, float(np.dot(work, log_q)) + rest - float(work.sum(dtype=np.float64)))
 
 
-def _predict(parts: Parts, chunk: list[int]) -> _Reference:
+def _predict(parts: Parts, chunk: list[int], dtype: type[np.floating[Any]] = np.float16) -> _Reference:
     """What a model predicts of a chunk's scored tokens."""
     targets = chunk[len(chunk) // 2 + 1 :]
     n, n_vocab = len(targets), parts.engine.config.n_vocab
-    log_p, best, losses = np.empty((n, n_vocab), np.float16), np.empty(n, np.int64), np.empty(n)
+    log_p, best, losses = np.empty((n, n_vocab), dtype), np.empty(n, np.int64), np.empty(n)
     row, work = np.empty((2, n_vocab), np.float32)
     for i, logits in enumerate(scored_rows(parts, chunk)):
         best[i] = logits.argmax()
         log_softmax_into(logits, row, work)
         losses[i] = -row[targets[i]]
-        np.maximum(row, np.finfo(np.float16).min, out=row)
+        np.maximum(row, np.finfo(dtype).min, out=row)
         log_p[i] = row
     return _Reference(log_p, best, float(losses.mean()))
 

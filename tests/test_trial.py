@@ -108,6 +108,28 @@ def test_exchanged_experts_answer_as_a_file_with_those_weights(
     assert measured.kl == pytest.approx(found.kl, rel=0.01, abs=3e-6) and measured.top1 == found.top1
 
 
+def test_what_is_compared_with_may_be_the_model_as_it_is(tmp_path: Path, path: Path, tiny: edgert.Model) -> None:
+    ones, others = (experts_as(path, TYPES["Q4_0"], layer)[1] for layer in (0, 1))
+    file, _ = experts_as(path, TYPES["Q4_0"], 0)
+    more, _ = experts_as(path, TYPES["Q4_0"], 1)
+    with Trial(tiny, most_bytes=0) as trial:
+        for expert, matrices in enumerate(ones):
+            trial.swap(0, expert, three(matrices))
+        trial.compare_with_this(CHUNKS[:3])
+        as_it_is = trial.measure(CHUNKS[:3])
+        for expert, matrices in enumerate(others):
+            trial.swap(1, expert, three(matrices))
+        found, untold = trial.measure(CHUNKS[:3]), trial.measure(CHUNKS[3:])
+    assert as_it_is.kl == pytest.approx(0, abs=1e-9) and as_it_is.top1 == 1
+    before = edgert.load(rewritten(path, tmp_path / "one.gguf", file), context=64)
+    after = edgert.load(rewritten(path, tmp_path / "both.gguf", file | more), context=64)
+    with before, after:
+        expected = edgert.divergence.compare(before, after, CHUNKS[:3])
+        of_the_untouched = edgert.divergence.compare(tiny, after, CHUNKS[3:])
+    assert found.kl == pytest.approx(expected.kl, rel=0.01, abs=3e-6) and found.kl > 1e-4
+    assert untold.kl == pytest.approx(of_the_untouched.kl, rel=0.01, abs=3e-6)
+
+
 def test_any_formats_may_stand_side_by_side_and_take_turns(tiny: edgert.Model) -> None:
     before, random = tiny.logits(TOKENS[:20]), np.random.default_rng(1)
     c = tiny.config

@@ -3,7 +3,7 @@
 python tools/proxy_rank.py MODEL PROFILE.npz [--every N] [--chunks N] [--work FOLDER] [--json FILE]
 
 Exact is EdgeMoE's way (arXiv 2308.14352): one expert at 2 bits, all others at 4, the loss on calibration text; and, as
-a loss moves both ways while quantising one expert moves it little, the divergence from the untouched model besides.
+a loss moves both ways while quantising one expert moves it little, the divergence from the model with all at 4 besides.
 --every 4 tries a quarter of the experts, spread over all layers; --chunks says on how much text each.
 """
 
