@@ -16,6 +16,7 @@ from edgert.errors import OptionError
 from edgert.experts.profile import Profile
 
 _LEAST = 2  # chunks: fewer have no standard error
+FEWEST = 2 * _LEAST  # chunks of which one half chooses, the other proves
 _MOST = 128  # chunks: more take hours on a small machine, and tell little more
 _WINDOW = 32  # tokens in a row that are not the same by chance
 _MOST_KNOWN = 0.1  # of a text's windows that calibration may have seen: phrases that many texts share
@@ -36,29 +37,35 @@ def proof_text(profile: Profile, given: Chunks | None, name: str, *, selects: bo
 
     selects: whether there are attempts to choose from. OptionError for too little text, or text that was calibrated on.
     """
-    kept, select = held_out_chunks(profile), Chunks()
-    prove = kept if given is None else given
+    kept, select, seen = held_out_chunks(profile), Chunks(), 0
     if given:
-        _check_unseen(given, profile, name)
+        unseen = _unseen(given, profile, name)
+        seen, given = len(given) - len(unseen), unseen
+    prove = kept if given is None else given
     if given is not None:
         select = kept if len(kept) >= _LEAST else []
     if selects and not select:
         select, prove = prove[::2], prove[1::2]
-    least = 2 * _LEAST if selects and (given is None or len(kept) < _LEAST) else _LEAST
+    least = FEWEST if selects and (given is None or len(kept) < _LEAST) else _LEAST
     if min(len(prove), len(select) if selects else _LEAST) < _LEAST:
         n, why = len(kept if given is None else given), "half chooses, half proves" if least > _LEAST else "for a proof"
         if given is not None:
             raise OptionError(
-                f"{name} has {n} chunks of {profile.chunk} tokens, and it takes {least} ({why}); give more text"
+                f"{name} has {_chunks(n)} of {profile.chunk} tokens, and it takes {least} ({why}); give more text"
             )
         raise OptionError(
-            f"the profile kept back {n} chunks of {profile.chunk} tokens, and it takes {least} ({why}); make it anew "
+            f"the profile kept back {_chunks(n)} of {profile.chunk} tokens, and it takes {least} ({why}); make it anew "
             "with more text or a larger --held-out, or give --proof FILE"
         )
     halved = ", the half that bits were not chosen by" if selects and (given is None or len(kept) < _LEAST) else ""
     capped = f", {_MOST} of {len(prove):,} chunks" if len(prove) > _MOST else ""
-    words = f"{name if given is not None else 'text that the profile kept back'}{halved}{capped}"
+    dropped = f", without {_chunks(seen)} that calibration has seen" if seen else ""
+    words = f"{name if given is not None else 'text that the profile kept back'}{dropped}{halved}{capped}"
     return ProofText(_spread(select) if selects else [], _spread(prove), words)
+
+
+def _chunks(n: int) -> str:
+    return f"{n:,} chunk" if n == 1 else f"{n:,} chunks"
 
 
 def held_out_chunks(profile: Profile) -> Chunks:
@@ -72,17 +79,18 @@ def _spread(chunks: Chunks) -> Chunks:
     return [chunks[i * len(chunks) // n] for i in range(n)]
 
 
-def _check_unseen(chunks: Chunks, profile: Profile, name: str) -> None:
-    """OptionError for chunks of which calibration has seen more than is chance."""
+def _unseen(chunks: Chunks, profile: Profile, name: str) -> Chunks:
+    """The chunks that calibration has not seen. OptionError where it has seen more of them all than is chance."""
     length = min(_WINDOW, profile.chunk - 1)
     seen = np.concatenate([_windows(domain.tokens, length) for domain in profile.domains])
-    asked = np.concatenate([_windows(chunk[1:], length)[::length] for chunk in chunks])  # BOS may be the first
-    share = float(np.isin(asked, seen).mean())
-    if share > _MOST_KNOWN:
+    asked = [_windows(chunk[1:], length)[::length] for chunk in chunks]  # BOS may be the first
+    shares = [float(np.isin(windows, seen).mean()) for windows in asked]
+    if (share := float(np.mean(shares))) > _MOST_KNOWN:
         raise OptionError(
             f"{name} proves nothing: {share:.0%} of it is in the text that the profile was calibrated on; give another "
             "--proof FILE"
         )
+    return [chunk for chunk, share in zip(chunks, shares, strict=True) if share <= _MOST_KNOWN]
 
 
 def _windows(tokens: Sequence[int] | npt.NDArray[np.int32], length: int) -> npt.NDArray[np.uint64]:
