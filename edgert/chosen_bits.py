@@ -52,6 +52,7 @@ def asked_words(asked: Mapping[str, Any]) -> str:
 
 
 _DEFAULTS = {"objective": "size", "method": "optimal", "quantiser": "gptq", "hot": 8}
+_LINES = {"kept": "not quantised", "instead": "formats", "assumed": "assumed", "optimum": "optimum", "flash": "flash"}
 
 
 def same_goal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -62,7 +63,7 @@ def same_goal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def lines(chosen: Mapping[str, Any]) -> Iterator[str]:
     """What a person should know of how bits were chosen, a line each; of a manifest's document."""
-    for key, name in (("kept", "not quantised"), ("instead", "formats"), ("optimum", "optimum"), ("flash", "flash")):
+    for key, name in _LINES.items():
         if isinstance(value := chosen.get(key), str):
             yield f"{name}: {value}"
     unused = chosen.get("never_routed")

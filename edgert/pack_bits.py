@@ -183,8 +183,9 @@ class _Run:
             return None
         smallest = self._problem_of(self._measured() or self._unmeasured()).smallest().bits
         weights = Weights(self._file, config, source=RequantisedSource(self._file, smallest, _no_tiles))
-        n_context = context_of(self._request.options.get("context"), config)
-        tier, self._said["flash"] = tier_for(weights, memory, self._request.out.absolute().parent, n_context)
+        options, place = self._request.options, self._request.out.absolute().parent
+        n_context, kv_type = context_of(options.get("context"), config), options.get("kv_type", "f16")
+        tier, self._said["flash"] = tier_for(weights, memory, place, n_context, kv_type)
         self._progress(f"flash of {self._said['flash']}", 0.0)
         return tier
 
@@ -209,6 +210,8 @@ class _Run:
     def _problem(self) -> Problem:
         found = self._measured()
         assert found is not None, "it was measured first"
+        if not found.is_measured:
+            self._said["assumed"] = "layers are alike in what errors cost, as not all experts were in RAM"
         return self._problem_of(found)
 
     def _problem_of(self, sensitivity: Sensitivity) -> Problem:

@@ -47,7 +47,8 @@ SHORT_CANDIDATES = ("int5", "int6", "int8")  # besides, where rows are no multip
 _BASE = "int8"  # what the experts of other layers get in a trial
 _TAKEN = 0.05  # nats that the probe's format costs a model, where it cannot be measured
 _TRIAL_CHUNKS = 8
-METHOD = 3  # of finding errors and gains: to be raised with what changes their values
+_EXACT = {"activations": "f32", "kv_type": "f32", "device": "cpu"}
+METHOD = 4  # of finding errors and gains: to be raised with what changes their values
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ class Bench:
 
     @contextmanager
     def model(self, *, exact: bool = False) -> Iterator[Model]:
-        """The model, loaded. exact: with activations as floats, for rounding them costs more than one expert's bits; on
-        the CPU, which takes them."""
+        """The model, loaded. exact: with activations, keys and values as floats, for rounding them costs more than one
+        expert's bits; on the CPU, which takes them."""
         from edgert.model import load
 
-        options = {**self.options, "activations": "f32", "device": "cpu"} if exact else self.options
+        options = {**self.options, **_EXACT} if exact else self.options
         with load(self.source, progress=self.progress, **options) as model:
             yield model
 
@@ -160,19 +161,19 @@ def measure_sensitivity(bench: Bench, profile: Profile, quantiser: str = "gptq")
         probe = np.where(np.isfinite(probe), probe, 0)  # what it does not fit stays as it is
         total = (rows[..., None] / profile.n_tokens * probe).sum(axis=(1, 2))
     with bench.model(exact=True) as model:
-        if model.memory.slots:  # trials exchange experts in RAM
+        if streamed := bool(model.memory.slots):  # trials exchange experts in RAM
             bench.progress("not all experts are in RAM: every layer is taken to be as sensitive as the others", 0.0)
             gains = np.divide(_TAKEN / len(layers), total, out=np.zeros(len(total)), where=total > 0).astype(np.float32)
         else:
             gains = _gains(bench, model, profile, store, total)
-    return Sensitivity(quantiser, names, errors, rows, gains, profile.n_tokens)
+    return Sensitivity(quantiser, names, errors, rows, gains, profile.n_tokens, is_measured=not streamed)
 
 
 def _gains(bench: Bench, model: Model, profile: Profile, store: TileStore, errors: npt.NDArray[np.float64]) -> Floats:
     """Divergence for a unit of error in each layer: that of the layer's experts in the probe's format, measured.
 
     model: with exact activations. errors: (n_layers,) of the probe. It rounds to the nearest, as what is fitted to
-    calibration text errs less there. All other experts are in 8 bits meanwhile, and what that costs is taken off.
+    calibration text errs less there. All other experts are in 8 bits meanwhile, as they are in what is compared with.
     """
     from edgert.trial import Trial
 
@@ -187,11 +188,11 @@ def _gains(bench: Bench, model: Model, profile: Profile, store: TileStore, error
         with Trial(model) as trial:
             for layer in profile.layers:
                 put_layer(trial, weights, base, rounded(weights, base), layer)
-            floor = trial.measure(chunks).kl
+            trial.compare_with_this(chunks)
             for layer in [layer for layer in profile.layers if layer not in risen]:
                 bench.progress("measuring what each layer's errors cost", len(risen) / len(kept))
                 put_layer(trial, weights, probe, rounded(weights, probe), layer)
-                risen[layer] = trial.measure(chunks).kl - floor
+                risen[layer] = trial.measure(chunks).kl
                 store.put_array(f"risen-{layer}", np.array(risen[layer]))
                 put_layer(trial, weights, base, rounded(weights, base), layer)
     gains = np.zeros(profile.n_layers)

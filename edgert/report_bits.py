@@ -35,10 +35,14 @@ def loss(subject: Subject, found: Loss, measured: Proof | None) -> Section:
 
     rows = [row(point.name, point) for point in found.uniform] + [row("best mix", point) for point in found.mixes]
     table = Table("loss-sizes", "expected loss by size", ["format", "bits per weight", "experts", "perplexity"], rows)
+    does = (
+        "what such errors in each layer were measured to do to the model's predictions"
+        if sensitivity.is_measured
+        else "layers that are taken to be alike, for not all experts were in RAM to measure what such errors cost"
+    )
     note = (
-        f"Expected from the error that {sensitivity.quantiser} makes in the output of each expert, and from what such "
-        "errors in each layer were measured to do to the model's predictions. Packing measures the result on text that "
-        "was kept back."
+        f"Expected from the error that {sensitivity.quantiser} makes in the output of each expert, and from {does}. "
+        "Packing measures the result on text that was kept back."
     )
     says = _about_loss(subject, found, n_weights)
     return Section("loss", "What fewer bits cost", says, _draw_loss(found, measured), note, more=[table])

@@ -19,12 +19,12 @@ USUAL_BYTES_PER_S = 1e9  # of a flash that was never measured
 READ_S = 1 / 12e9  # for a byte of weights in RAM: two cores of a small machine
 
 
-def tier_for(weights: Weights, memory: int, place: Path, n_context: int) -> tuple[Tier, str]:
+def tier_for(weights: Weights, memory: int, place: Path, n_context: int, kv_type: str = "f16") -> tuple[Tier, str]:
     """The tier of a model with these weights on flash at `place`, in `memory` bytes; and how its rate is known.
 
     OptionError where all experts fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
     """
-    needed = replace(needs(weights, n_context, "f16"), compiling=False)  # the first run alone waits for the compiler
+    needed = replace(needs(weights, n_context, kv_type), compiling=False)  # the first run alone waits for the compiler
     plan = plan_memory(needed, Budget(memory, memory, memory))
     if not plan.slots:
         raise OptionError(

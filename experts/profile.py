@@ -48,7 +48,7 @@ class Sensitivity:
     mean over an expert's own rows of the squared error of its output, weighted by the router, with gate, up or down
     alone quantised; infinite where a format does not fit. rows: int32 (n_layers, n_expert), calibration tokens of each
     expert, of n_tokens in all. gains: float32 (n_layers,), nats of KL divergence for a unit of error summed over the
-    layer's experts, each times its share of the tokens.
+    layer's experts, each times its share of the tokens; is_measured: and not assumed to be such that layers are alike.
     """
 
     quantiser: str
@@ -57,6 +57,7 @@ class Sensitivity:
     rows: npt.NDArray[np.int32]
     gains: Floats
     n_tokens: int
+    is_measured: bool = True
 
     def loss(self) -> Floats:
         """Expected KL divergence in nats a token, (n_layers, n_expert, 3, n_formats): terms of a sum."""
@@ -222,6 +223,8 @@ def _as_arrays(profile: Profile) -> dict[str, Any]:
             "gains": found.gains.astype(np.float32),
             "n_sensitivity": np.int64(found.n_tokens),
         }
+        if not found.is_measured:
+            arrays["assumed"] = np.int64(1)
     return arrays
 
 
@@ -238,6 +241,7 @@ def _from_arrays(arrays: dict[str, Any]) -> Profile:
             arrays["rows"],
             arrays["gains"],
             int(arrays["n_sensitivity"]),
+            is_measured="assumed" not in arrays,
         )
     return Profile(
         model=str(arrays["model"]),

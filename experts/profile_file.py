@@ -40,6 +40,7 @@ _TABLE = {
     "rows": Layout("i", _EXPERTS),
     "gains": Layout("f", ("n_layers",)),
     "n_sensitivity": Layout("iu"),
+    "assumed": Layout("iu"),
     "settings": Layout("U"),
 }
 _SENSITIVITY = frozenset({"quantiser", "formats", "errors", "rows", "gains", "n_sensitivity"})
@@ -66,7 +67,7 @@ def read_profile(path: Path) -> dict[str, Any]:
         what="a profile",
         remedy="give a file made with `edgert profile`",
         most_bytes=_MOST_BYTES,
-        optional=(_SENSITIVITY, frozenset({"settings"})),
+        optional=(_SENSITIVITY, frozenset({"assumed"}), frozenset({"settings"})),
     )
 
 
@@ -92,6 +93,8 @@ def _check(arrays: dict[str, Any], extents: dict[str, int]) -> None:
     _check_different(arrays["predictors"])
     if "errors" in arrays:
         _check_sensitivity(arrays)
+    elif "assumed" in arrays:
+        raise ValueError("it says that gains are assumed, and has none")
     if "settings" in arrays:
         read_settings(str(arrays["settings"]))
 

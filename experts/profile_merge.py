@@ -122,6 +122,7 @@ def _sensitivity(parts: Sequence[Part], weights: Mapping[str, float]) -> Sensiti
         rows.astype(np.int32),
         gains.astype(np.float32),
         n_tokens,
+        is_measured=all(one.is_measured for _, one in known),
     )
 
 

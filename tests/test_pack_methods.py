@@ -125,15 +125,15 @@ def test_bits_for_speed_keep_the_bound_and_stream(tmp_path: Path, larger: tuple[
         assert np.array_equal(streamed.logits(ids), expected)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("compiled", "kv_type"), [(True, "f16"), (False, "f16"), (True, "f32")])
 def test_room_for_the_compiler_is_not_taken_off_the_buffer(
-    compiled: bool, tmp_path: Path, larger: tuple[Path, Profile], monkeypatch: pytest.MonkeyPatch
+    compiled: bool, kv_type: str, tmp_path: Path, larger: tuple[Path, Profile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jit, "is_compiled", lambda kernel: compiled)
     memory = sum(budgets(*larger)) // 2
     with smallest(*larger) as weights:
-        tier, _ = tier_for(weights, memory, tmp_path, OPTIONS["context"])
-        needed = replace(needs(weights, OPTIONS["context"], "f16"), compiling=False)
+        tier, _ = tier_for(weights, memory, tmp_path, OPTIONS["context"], kv_type)
+        needed = replace(needs(weights, OPTIONS["context"], kv_type), compiling=False)
     assert needed.plan(min(needed.work), tier.buffer_bytes).total <= memory
     assert needed.plan(min(needed.work), tier.buffer_bytes + needed.record).total > memory
 

@@ -76,10 +76,11 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize("with_sensitivity", [True, False])
-def test_what_is_saved_comes_back(with_sensitivity: bool, tmp_path: Path) -> None:
-    profile = make_profile(sensitivity=make_sensitivity(20) if with_sensitivity else None)
-    if with_sensitivity:
+@pytest.mark.parametrize("kept", ["measured", "assumed", ""])
+def test_what_is_saved_comes_back(kept: str, tmp_path: Path) -> None:
+    sensitivity = replace(make_sensitivity(20), is_measured=kept == "measured") if kept else None
+    profile = make_profile(sensitivity=sensitivity)
+    if kept:
         profile = replace(profile, settings={"own": [4, 2], "kinds": [None, "f32"], "template": [[1, 2], [3]]})
     profile.save(tmp_path / "p.npz")
     assert_same(Profile.load(tmp_path / "p.npz"), profile)

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from edgert import edgemoe, quantising
+from edgert.chosen_bits import lines
 from edgert.experts.profile import Profile, Sensitivity
+from edgert.goal import Goal
 from edgert.model import load
+from edgert.pack import pack
+from edgert.pack_bits import Request, pack_bits
 from edgert.profiling import profile_model
 from edgert.quantising import Bench, measure_sensitivity, weights_of
 from edgert.tile_store import TileStore
 from edgert.trial import Trial
+from edgert.weights import silent
 from tests import tiny_moe
 
 OPTIONS = {"context": 64, "threads": 1}
@@ -107,3 +112,21 @@ def test_experts_tried_alone_are_kept_one_by_one(model: Path, profile: Profile, 
     tried = np.isfinite(half.kl)
     assert tried.any(axis=1).all() and tried.sum() < np.isfinite(expected.kl).sum()
     assert np.array_equal(half.kl[tried], expected.kl[tried])
+
+
+def test_what_cannot_be_measured_is_taken_to_be_alike_and_says_so(
+    model: Path, profile: Profile, tmp_path: Path
+) -> None:
+    resident, steps = sensitivity(model, profile, tmp_path / "w", Steps()), Steps()
+    pack(model, packed := tmp_path / "tiny.edge", progress=silent)
+    bench = Bench(packed, tmp_path / "streamed", steps, options={**OPTIONS, "residency": "60%"})
+    streamed = measure_sensitivity(bench, profile, "rtn")
+    assert resident.is_measured and not streamed.is_measured and np.isfinite(streamed.loss()).all()
+    assert steps.count_of("not all experts are in RAM") == 1
+    assert np.array_equal(streamed.errors, resident.errors) and np.array_equal(streamed.rows, resident.rows)
+    goal = Goal(bits_per_weight=4.5, quantiser="rtn")
+    for found, said in ((resident, False), (streamed, True)):
+        request = Request(
+            model, tmp_path / f"{said}.edge", profile.with_sensitivity(found), goal, options={"context": 256}
+        )
+        assert any(line.startswith("assumed: ") for line in lines(pack_bits(request, silent).bits)) == said

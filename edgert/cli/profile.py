@@ -274,7 +274,7 @@ def _costs(found: Sensitivity) -> dict[str, Any]:
             },
             "projections": dict(zip(("gate", "up", "down"), by_projection.tolist(), strict=True)),
         }
-    return {"rise": rises, **shares}
+    return {"measured": found.is_measured, "rise": rises, **shares}
 
 
 def _mean(row: Any) -> float | None:
@@ -285,6 +285,8 @@ def _mean(row: Any) -> float | None:
 
 def show(done: Profiled) -> None:
     """What was done, for a person."""
+    from edgert.proof_text import FEWEST
+
     for note in done.notes:
         output.note(note)
     if not done.n_run and not done.seconds:
@@ -295,6 +297,12 @@ def show(done: Profiled) -> None:
         earlier = [f"{done.n_resumed:,} {'more' if ran else 'tokens'} by an earlier run"] if done.n_resumed else []
         output.write(f"{done.path}: {', '.join([*ran, *earlier])}\n")
     _show_about(_about(done.profile))
+    kept = sum(len(domain.held_out) for domain in done.profile.domains) // done.profile.chunk
+    if kept < FEWEST:
+        output.note(
+            f"{kept} of the {FEWEST} chunks of {done.profile.chunk} tokens are kept back that `edgert pack --loss` "
+            "chooses by and proves on: profile more --tokens, or give it --proof FILE"
+        )
 
 
 def _show_merged(merged: tuple[Profile, Path], json: bool) -> None:
@@ -321,7 +329,12 @@ def _show_about(about: dict[str, Any]) -> None:
     )
     recall = ", ".join(f"{name} {share:.0%}" for name, share in about["recall"].items() if share is not None)
     output.write(f"experts of the next layer foreseen: {recall or 'none'}\n")
-    if (costs := about["costs"]) and costs["rise"]:
+    if (costs := about["costs"]) and not costs["measured"]:
+        output.write(
+            f"errors of experts are measured ({about['sensitivity']}), what they cost is not, as not all experts were "
+            "in RAM: all layers are taken to be alike\n"
+        )
+    elif costs and costs["rise"]:
         rises = ", ".join(f"{rise:.2%} with {width} bits" for width, rise in costs["rise"].items())
         output.write(f"expected rise of perplexity: {rises} for all experts ({about['sensitivity']})\n")
         layers = ", ".join(f"{layer} ({share:.0%})" for layer, share in costs["layers"].items())
