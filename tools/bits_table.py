@@ -148,6 +148,10 @@ def compare(rows: Sequence[Row], source: float) -> list[dict[str, float]]:
     return found
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print as it goes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=measured_text, metavar="FILE")
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=512)
-    parser.add_argument("--quantisers", default="rtn,hqq,awq,gptq", type=lambda text: text.split(","))
-    parser.add_argument("--formats", default="", type=lambda text: [name for name in text.split(",") if name])
-    parser.add_argument("--bpw", default="4.5,4,3.5,3,2.75,2.5", type=lambda text: [float(x) for x in text.split(",")])
+    parser.add_argument("--quantisers", default="rtn,hqq,awq,gptq", type=_names)
+    parser.add_argument("--formats", default="", type=_names)
+    parser.add_argument("--bpw", default="4.5,4,3.5,3,2.75,2.5", type=lambda text: [float(x) for x in _names(text)])
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
@@ -171,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             print(
                 f"{row.name:14} {row.quantiser:5} {row.bits_per_weight:6.3f} bpw  perplexity {row.perplexity:9.4f}  "
-                f"+{row.increase:8.3%} +/- {row.standard_error:.3%}  KL {row.kl:.5f}  top-1 {row.top1:.2%}",
+                f"+{row.increase:8.3%} +/- {row.standard_error:.3%}  KL {row.kl:.3e}  top-1 {row.top1:.2%}",
                 flush=True,
             )
     against = compare(rows, source)

@@ -121,7 +121,8 @@ def _row(name: str, place: int, said: str, types: Counter[str], experts: int) ->
 def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> list[Row]:
     """edgert's bundle with at most so many bytes of weights, on each text.
 
-    The embedding table counts once where it is the head too: the bundle has rows of it on flash besides.
+    Against the source with exact activations, as llama.cpp's: so rounding them to 8 bits is in both sides' figures. The
+    embedding table counts once where it is the head too: the bundle has rows of it on flash besides.
     """
     tensors = [tensor for tensor in gguf.GGUFReader(args.model).tensors if len(tensor.shape) > 1]
     n_weights = sum(int(tensor.n_elements) for tensor in tensors if "_exps" in tensor.name)
@@ -137,7 +138,7 @@ def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> li
         if total > size:
             shutil.rmtree(out)
     rows, types = list[Row](), {"experts": found.bits["bytes"], "hot": hot}
-    with load(args.model, context=512) as source, load(out, context=512) as bundle:
+    with load(args.model, context=512, activations="f32") as source, load(out, context=512) as bundle:
         tokenizer = source.tokenizer
         bos = tokenizer.bos_id if tokenizer.add_bos else None
         for place, text in enumerate(args.text):
