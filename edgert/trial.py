@@ -162,13 +162,17 @@ class Trial:
         """Hold these chunks against the model as it is now, and not against the untouched one, from here on.
 
         What one exchange more does is told far better so: against the untouched model, the product of its errors with
-        those of all the others comes in, which is a matter of chance. Predictions are kept as floats, whatever room
-        they take, and the divergence is exact to about 1e-9 nats.
+        those of all the others comes in, which is a matter of chance. Predictions are kept as floats, and the
+        divergence is exact to about 1e-9 nats; where these take too much room as half floats, and to 1e-6.
         """
         with self._model.held() as parts:
-            check_chunks(chunks, parts.engine.config.n_vocab, parts.session.cache.n_context)
+            n_vocab = parts.engine.config.n_vocab
+            check_chunks(chunks, n_vocab, parts.session.cache.n_context)
+            n_values = sum(len(chunk) - len(chunk) // 2 - 1 for chunk in chunks) * n_vocab
+            kind = np.float32 if 4 * n_values <= self._room else np.float16
             for chunk in chunks:
-                self._instead[tuple(chunk)] = _predict(parts, list(chunk), np.float32)
+                self._instead[tuple(chunk)] = made = _predict(parts, list(chunk), kind)
+                self._room -= made.log_p.nbytes
 
     def measure(self, chunks: Sequence[Sequence[int]]) -> Measured:
         """What the model makes of chunks of token ids, against what the reference makes of them.
