@@ -44,3 +44,7 @@ def test_mixed_settings_are_compared_at_their_own_size_and_make_no_hull() -> Non
 def test_no_ratio_is_said_where_the_hull_loses_nothing() -> None:
     (found,) = compare([row("int8", 8.5, -0.001), row("mixed 8", 8.5, 0.001)], SOURCE)
     assert math.isnan(found["ratio"])
+
+
+def test_without_uniform_settings_there_is_no_hull() -> None:
+    assert compare([row("mixed 3", 3.0, 0.1)], SOURCE) == []

@@ -136,8 +136,12 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
 
 
 def compare(rows: Sequence[Row], source: float) -> list[dict[str, float]]:
-    """Each mixed setting beside the hull of the uniform ones at its size: rises of perplexity, and their ratio."""
-    edge = hull([row for row in rows if not row.name.startswith("mixed")])
+    """Each mixed setting beside the hull of the uniform ones at its size: rises of perplexity, and their ratio.
+
+    Nothing where there are no uniform ones.
+    """
+    if not (edge := hull([row for row in rows if not row.name.startswith("mixed")])):
+        return []
     xs, ys = [x for x, _ in edge], [y for _, y in edge]
     found = []
     for row in rows:
