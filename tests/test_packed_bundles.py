@@ -128,7 +128,7 @@ def test_a_bundle_says_what_it_was_made_with_and_gives_way_to_no_other_goal(
     ("goal", "n_held_out", "words"),
     [
         (Goal(format="int4"), 0, "kept back 0 chunks of 128 tokens, and it takes 2"),
-        (Goal(format="int4"), 1, "kept back 1 chunk"),
+        (Goal(format="int4"), 1, "kept back 1 chunk of 128 tokens, and it takes 2"),
         (Goal(loss=0.02), 3, "it takes 4 .half chooses, half proves"),
         (Goal(bits_per_weight=1.6), 3, r"--size 1.6bpw is below \d\.\d+bpw, .* at four bits.; use --size \d\.\d+bpw"),
         (Goal(n_bytes=100_000), 3, r"--size 100,000B is too small: the bundle takes [\d,]+ bytes at least"),
