@@ -126,7 +126,8 @@ def ours(args: argparse.Namespace, profile: Profile, size: int, name: str) -> li
     """
     tensors = [tensor for tensor in gguf.GGUFReader(args.model).tensors if len(tensor.shape) > 1]
     n_weights = sum(int(tensor.n_elements) for tensor in tensors if "_exps" in tensor.name)
-    hot = sum(int(tensor.n_elements) for tensor in tensors if "_exps" not in tensor.name)  # in bytes, to begin with
+    others = [tensor for tensor in tensors if "_exps" not in tensor.name]
+    hot = sum(min(int(tensor.n_elements), int(tensor.n_bytes)) for tensor in others)  # in bytes, to begin with
     total = size + 1
     while total > size:
         goal = Goal(bits_per_weight=8 * (size - hot) / n_weights, hot=args.hot)
