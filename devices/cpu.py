@@ -195,14 +195,15 @@ class CpuDevice:
     def _allocate(self) -> None:
         c, step, n_threads = self.config, self._step, self.pool.n_threads
         top_k, n_expert = (c.router.top_k, c.router.n_expert) if c.router else (0, 0)
+        fields = STEP.names or ()
         for name, (n_rows, width) in float_buffers(c, n_threads, self.chunk).items():
             made = self._rows[name] = Rows(n_rows, width)
-            if name in STEP.names:  # type: ignore[operator]   # a record has names
+            if name in fields:
                 step[name], step[f"{name}_stride"] = made.address, made.stride
         for name, (n_rows, width) in input_buffers(c, n_threads, self.chunk).items():
             floats = self._float_hidden or "hidden" not in name
             made = self._rows[name] = Rows(n_rows, width, quantised=self._quantised, floats=floats)
-            if name in STEP.names:  # type: ignore[operator]
+            if name in fields:
                 step[name] = made.record.ctypes.data
         size = scratch_bytes(c)
         step["scratch"], step["scratch_bytes"] = self.keep(aligned(n_threads * size)), size

@@ -158,7 +158,8 @@ class _Run:
         goal = self._goal
         if goal.bits_per_weight is None and goal.n_bytes is None:
             return
-        least = (problem := self._problem_of(self._unmeasured())).smallest()
+        problem = self._problem_of(self._unmeasured())
+        least = problem.smallest()
         if goal.bits_per_weight is not None:
             bits = math.ceil(800 * least.n_bytes / problem.n_weights) / 100
             if goal.bits_per_weight < bits:
@@ -196,7 +197,8 @@ class _Run:
 
     def _unmeasured(self) -> Sensitivity:
         """What is known of sizes before anything is known of losses."""
-        names, rows = candidates(Weights(self._file, self._config)), profile_counts(self._profile).astype(np.int32)
+        names = candidates(Weights(self._file, self._config))
+        rows = profile_counts(self._profile).astype(np.int32)
         errors: Floats = np.zeros((*rows.shape, len(PROJECTIONS), len(names)), np.float32)
         gains: Floats = np.zeros(len(rows), np.float32)
         return Sensitivity(self._goal.quantiser, names, errors, rows, gains, self._profile.n_tokens)
@@ -216,9 +218,8 @@ class _Run:
 
     def _problem_of(self, sensitivity: Sensitivity) -> Problem:
         """The problem with what is known of losses."""
-        format, *_ = Weights(self._file, self._config).sizes_of(
-            f"blk.{self._config.expert_layers[0]}.ffn_down_exps.weight"
-        )
+        weights = Weights(self._file, self._config)
+        format, *_ = weights.sizes_of(f"blk.{self._config.expert_layers[0]}.ffn_down_exps.weight")
         return Problem(sensitivity, self._config, self._hot, format)
 
     def _uniform(self) -> Bits:

@@ -90,7 +90,7 @@ class Label(NamedTuple):
 def require_matplotlib() -> None:
     """UnsupportedError, in one line, where matplotlib is not installed."""
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure  # noqa: F401   # whether it is there
     except ImportError as error:
         raise UnsupportedError(
             'the figures of a report are drawn by matplotlib, which is not installed; run: pip install "edgert[report]"'
