@@ -18,7 +18,7 @@ _ATTEMPTS = 6
 _CLOSE = 0.85  # of the bound: nearer than that, nothing smaller is sought
 _CAUTION = 0.95  # of the expected loss that a measurement points to
 _MOST_RAISED, _MOST_LOWERED = 4.0, 20.0  # factors from one attempt to the next
-_SIGNIFICANT = 2.0  # standard errors above zero: a smaller rise says nothing of how far to go
+_SIGNIFICANT = 2.0  # standard errors: a smaller rise may as well be so large, and is taken for that to go further
 _NARROW = 1.05  # a bracket of expected losses that is not worth another attempt
 
 
@@ -34,6 +34,11 @@ class Tried:
     def worst(self) -> float:
         """The rise and one standard error, which are to stay within the bound."""
         return self.rise.increase + self.rise.standard_error
+
+    @property
+    def sure(self) -> float:
+        """What the rise is surely not above: where it is lost in its error, that says how far one may go."""
+        return max(self.worst, _SIGNIFICANT * self.rise.standard_error)
 
 
 class Search:
@@ -61,8 +66,7 @@ class Search:
             if tried.worst <= bound:
                 kept.append(found)
                 passed = max(passed, expected)
-                known = tried.rise.increase > _SIGNIFICANT * tried.rise.standard_error
-                if tried.worst >= _CLOSE * bound or found.n_bytes <= self._smallest.n_bytes or not known:
+                if tried.sure >= _CLOSE * bound or found.n_bytes <= self._smallest.n_bytes:
                     break
             elif found.n_bytes >= self._largest.n_bytes:
                 break
@@ -86,7 +90,8 @@ def _cost(found: Solution) -> tuple[float, int]:
 
 def _next(tried: Tried, bound: float, passed: float, missed: float) -> float:
     """The expected loss to try next: in proportion, and within the bracket."""
-    factor = _CAUTION * math.log1p(bound) / max(math.log1p(max(tried.worst, -0.5)), 1e-9)
+    known = tried.worst if tried.worst > bound else tried.sure
+    factor = _CAUTION * math.log1p(bound) / max(math.log1p(known), 1e-9)
     expected = tried.expected * min(max(factor, 1 / _MOST_LOWERED), _MOST_RAISED)
     if passed < expected < missed:
         return expected

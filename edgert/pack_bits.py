@@ -182,11 +182,12 @@ class _Run:
         memory, config = self._goal.memory, self._config
         if self._goal.objective != "speed" or memory is None:
             return None
-        smallest = self._problem_of(self._measured() or self._unmeasured()).smallest().bits
-        weights = Weights(self._file, config, source=RequantisedSource(self._file, smallest, _no_tiles))
+        problem = self._problem_of(self._measured() or self._unmeasured())
+        smallest = RequantisedSource(self._file, problem.smallest().bits, _no_tiles)
+        weights = Weights(self._file, config, source=smallest)
         options, place = self._request.options, self._request.out.absolute().parent
         n_context, kv_type = context_of(options.get("context"), config), options.get("kv_type", "f16")
-        tier, self._said["flash"] = tier_for(weights, memory, place, n_context, kv_type)
+        tier, self._said["flash"] = tier_for(weights, memory, place, n_context, kv_type, most=problem.most_bytes)
         self._progress(f"flash of {self._said['flash']}", 0.0)
         return tier
 

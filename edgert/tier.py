@@ -19,20 +19,24 @@ USUAL_BYTES_PER_S = 1e9  # of a flash that was never measured
 READ_S = 1 / 12e9  # for a byte of weights in RAM: two cores of a small machine
 
 
-def tier_for(weights: Weights, memory: int, place: Path, n_context: int, kv_type: str = "f16") -> tuple[Tier, str]:
-    """The tier of a model with these weights on flash at `place`, in `memory` bytes; and how its rate is known.
+def tier_for(
+    weights: Weights, memory: int, place: Path, n_context: int, kv_type: str = "f16", *, most: int
+) -> tuple[Tier, str]:
+    """The tier of a model on flash at `place`, in `memory` bytes; and how its rate is known.
 
-    OptionError where all experts fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
+    weights: with the fewest bits that its experts can have; most: bytes of experts with the most. OptionError where
+    even those fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
     """
     needed = replace(needs(weights, n_context, kv_type), compiling=False)  # the first run alone waits for the compiler
     plan = plan_memory(needed, Budget(memory, memory, memory))
-    if not plan.slots:
+    room = plan.slots or needed.cold + memory - plan.total  # what a loss needs may not fit where the fewest bits do
+    if room >= most:
         raise OptionError(
-            f"all {needed.cold >> 20:,} MiB of experts fit --memory {memory >> 20:,}MiB: there the fewest bits are the "
-            "fastest, leave --objective speed away"
+            f"all experts fit --memory {memory >> 20:,}MiB in any format, {most >> 20:,} MiB at most: there the fewest "
+            "bits are the fastest, leave --objective speed away"
         )
     rate, words = flash_rate(place, needed.record)
-    return Tier(plan.slots, rate), words
+    return Tier(room, rate), words
 
 
 def flash_rate(place: Path, record_bytes: int) -> tuple[float, str]:

@@ -101,6 +101,14 @@ def test_one_measurement_raises_little_and_noise_nothing() -> None:
     assert noisy.go(0.01) is not None and len(noisy.tried) == 1
 
 
+def test_a_rise_that_is_lost_in_a_small_error_is_no_end() -> None:
+    """As for a model that is surer than it should be: noise helps it, up to a point."""
+    made = search(lambda found: -0.002 if found.n_bytes > 450 else 0.05, error=0.001)
+    found = made.go(0.01)
+    assert found is not None and 450 < found.n_bytes < 500, [one.solution.n_bytes for one in made.tried]
+    assert len({one.solution.n_bytes for one in made.tried}) == len(made.tried) > 1
+
+
 def test_the_fastest_is_taken_where_time_counts() -> None:
     seconds = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
 

@@ -132,10 +132,25 @@ def test_room_for_the_compiler_is_not_taken_off_the_buffer(
     monkeypatch.setattr(jit, "is_compiled", lambda kernel: compiled)
     memory = sum(budgets(*larger)) // 2
     with smallest(*larger) as weights:
-        tier, _ = tier_for(weights, memory, tmp_path, OPTIONS["context"], kv_type)
+        tier, _ = tier_for(weights, memory, tmp_path, OPTIONS["context"], kv_type, most=1 << 40)
         needed = replace(needs(weights, OPTIONS["context"], kv_type), compiling=False)
     assert needed.plan(min(needed.work), tier.buffer_bytes).total <= memory
     assert needed.plan(min(needed.work), tier.buffer_bytes + needed.record).total > memory
+
+
+def test_bits_are_chosen_for_speed_where_all_of_the_fewest_bits_fit_and_those_within_the_loss_do_not(
+    tmp_path: Path, larger: tuple[Path, Profile]
+) -> None:
+    model, profile = larger
+    _, whole = budgets(model, profile)
+    with smallest(model, profile) as weights:
+        needed = replace(needs(weights, OPTIONS["context"], "f16"), compiling=False)
+        tier, _ = tier_for(weights, whole + 4096, tmp_path, OPTIONS["context"], most=1 << 40)
+    assert tier.buffer_bytes == needed.cold + 4096
+    goal = Goal(loss=0.05, objective="speed", memory=whole + 4096, quantiser="rtn")
+    found = pack(model, tmp_path / "m.edge", profile, goal)
+    assert keeps(found, 0.05)
+    assert read_manifest(tmp_path / "m.edge").expert_bytes > tier.buffer_bytes, "more than the buffer holds"
 
 
 def test_speed_is_refused_at_once_where_all_experts_fit_and_where_nothing_runs(
@@ -144,7 +159,7 @@ def test_speed_is_refused_at_once_where_all_experts_fit_and_where_nothing_runs(
     (model, profile), out = larger, tmp_path / "m.edge"
     floor, whole = budgets(model, profile)
     for memory, error, words in (
-        (whole + (1 << 20), OptionError, "MiB of experts fit --memory .* leave --objective speed away"),
+        (16 * whole, OptionError, "all experts fit --memory .* in any format.* leave --objective speed away"),
         (floor - (1 << 20), MemoryLimitError, "below this model's floor"),
     ):
         with pytest.raises(error, match=words):
