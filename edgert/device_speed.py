@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from edgert.devices.cores import choose_threads
 from edgert.errors import DeviceError
+from edgert.storage.aside import written_aside
 from edgert.storage.bundle import MANIFEST, is_bundle
 from edgert.verifying import folder, installed, key_of
 
@@ -61,9 +61,8 @@ def record_speed(model: Path, device: str, tokens_per_s: float, threads: int | N
         known = _document(path) or {"model": _model(model), "devices": {}}
         known["devices"][device] = {"tok_s": tokens_per_s, "with": key_of(*installed(device))}
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        aside.write_text(json.dumps(known))
-        os.replace(aside, path)
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(known))
 
 
 def speeds_of(model: Path, threads: int | None = None) -> Speeds | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from edgert.own_text import write_chunk
 from edgert.pack import stem
 from edgert.profile_journal import ProfileJournal
 from edgert.profile_run import part_of, record_scores, run_chunks, tokens_meter
+from edgert.storage.aside import check_writable
 from edgert.storage.bundle import is_bundle
 from edgert.streaming import model_key
 from edgert.types import Ids
@@ -313,10 +313,8 @@ def _digest(chunks: Sequence[Sequence[int]]) -> str:
 
 def _check_writable(out: Path) -> None:
     """StorageError now, not after the run."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     with _storage_errors(out):
-        aside.touch()
-        aside.unlink()
+        check_writable(out)
 
 
 @contextlib.contextmanager

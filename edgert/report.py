@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from edgert.report_speed import Machine, this_machine
 from edgert.report_subject import Subject, open_subject
 from edgert.report_svg import require_matplotlib
 from edgert.report_words import count, increase, per_cent, rise, shorten, size
+from edgert.storage.aside import written_aside
 
 Progress = Callable[[str, float], None]
 
@@ -44,16 +44,12 @@ def write_report(path: Path, out: Path | None = None, progress: Progress = lambd
 @contextlib.contextmanager
 def _published(out: Path) -> Iterator[Path]:
     """A file to write that takes the place of `out` at the end; StorageError, at once, where none can be written."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        aside.touch()
-        yield aside
-        os.replace(aside, out)
+        with written_aside(out) as aside:
+            aside.touch()
+            yield aside
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error.strerror or error}); name another file with -o") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def default_out(path: Path) -> Path:

@@ -33,6 +33,7 @@ from edgert.devices.verification import (
 from edgert.engine import Engine, Session
 from edgert.errors import DeviceError
 from edgert.quant import jit
+from edgert.storage.aside import written_aside
 from edgert.types import Floats
 from edgert.weights import Progress
 
@@ -247,9 +248,8 @@ class Verifier:
         """Write the verdict; a folder that cannot be written means that it is found again next time."""
         with contextlib.suppress(OSError, RuntimeError):
             folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-            aside = folder() / f".{self._key}.{os.getpid()}.part"
-            aside.write_text(json.dumps(asdict(verdict), indent=1))
-            os.replace(aside, folder() / f"{self._key}.json")
+            with written_aside(folder() / f"{self._key}.json") as aside:
+                aside.write_text(json.dumps(asdict(verdict), indent=1))
 
 
 def _seen(engine: Engine, device: SplitDevice, session: Session, rows: Floats) -> list[Step]:

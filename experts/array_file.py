@@ -6,7 +6,6 @@ the numbers mean, and whether they make sense, is their owner's.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgert.errors import ModelFileError
+from edgert.storage.aside import written_aside
 
 
 class Layout(NamedTuple):
@@ -85,16 +85,10 @@ def _fit(arrays: Mapping[str, Any], table: Mapping[str, Layout]) -> dict[str, in
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], *, compress: bool = True) -> None:
     """Write the file aside and put it in its place. Raises OSError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            (np.savez_compressed if compress else np.savez)(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        (np.savez_compressed if compress else np.savez)(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_record_bytes(sizes: Any) -> None:

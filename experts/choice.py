@@ -27,6 +27,7 @@ from edgert.experts import topics as maps
 from edgert.experts.policies import POLICIES
 from edgert.experts.predictors import DEFAULT, PREDICTORS, Primed, table_bytes
 from edgert.experts.topics import TopicMap
+from edgert.storage.aside import written_aside
 from edgert.storage.bundle import CHOICE as CHOICE
 from edgert.types import Floats
 
@@ -81,12 +82,8 @@ def save_choice(model: str, found: Found) -> Path:
     """Keep what was found for a model. Returns the file; raises OSError."""
     path = choice_path(model)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_aside(path) as aside:
         aside.write_bytes(as_bytes(model, found))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

@@ -7,7 +7,6 @@ predictors look at. Whoever reads a trace takes it for hostile: names, sizes, ty
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from edgert.errors import OptionError
 from edgert.experts.array_file import Layout, check_ids, check_record_bytes, read_arrays, write_arrays
 from edgert.experts.predictors import AHEAD
+from edgert.storage.aside import check_writable
 from edgert.types import Floats, Ids
 
 _VERSION = 1
@@ -206,18 +206,10 @@ class TraceWriter(Recorder):
     def _check_path(self) -> None:
         """Now, not after the run."""
         try:
-            if self.path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            with open(self._aside, "wb"):
-                pass
-            self._aside.unlink()
+            check_writable(self.path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OptionError(f"trace={str(self.path)!r} cannot be written ({reason}); name another file") from error
-
-    @property
-    def _aside(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{self._process}.part")
 
     def close(self) -> None:
         """Write the file, aside first; nothing if no token was recorded. A second call does nothing. Raises OSError."""

@@ -11,13 +11,13 @@ import datetime
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgert.quant.jit import cache_root
+from edgert.storage.aside import written_aside
 from edgert.storage.flash import ALIGNMENT
 from edgert.storage.reader import MOST_LANES
 
@@ -92,14 +92,8 @@ def keep_settings(path: str | os.PathLike[str], settings: FlashSettings) -> Path
         "measured": [*rows, row][-_MOST_SIZES:],
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    number, aside = tempfile.mkstemp(prefix=".flash-", suffix=".json", dir=target.parent)
-    try:
-        with open(number, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=2)
-        os.replace(aside, target)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    with written_aside(target) as aside:
+        aside.write_text(json.dumps(document, indent=2), encoding="utf-8")
     return target
 
 

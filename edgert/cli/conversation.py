@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any
 
 from edgert.errors import OptionError
+from edgert.storage.aside import written_aside
 
 FORMAT = "edgert chat 1"
 ROLES = ("system", "user", "assistant", "tool")
@@ -53,18 +52,14 @@ class Conversation:
         """Write the messages as JSON, aside, then renamed. OptionError where `path` is another thing."""
         document = {"format": FORMAT, "model": model, "messages": self.messages}
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        aside = path.parent / f".edgert-{os.getpid()}.part"
         try:
             if path.exists():
                 read(path)  # only a saved chat is overwritten
-            aside.write_bytes(text.encode(errors="replace"))
-            aside.replace(path)
+            with written_aside(path) as aside:
+                aside.write_bytes(text.encode(errors="replace"))
         except OSError as problem:
             message = f"{path} cannot be written ({problem.strerror}): name another file"
             raise OptionError(message) from problem
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink()
 
     def load(self, path: Path) -> None:
         """Take the messages of a saved chat in place of these; OptionError if it is none."""
