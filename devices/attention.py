@@ -35,7 +35,7 @@ from edgert.devices.threads import meet
 from edgert.quant.assembler import Code, Value, operation
 from edgert.quant.jit import kernel
 from edgert.quant.records import record
-from edgert.quant.simd import load_f32, load_float, store_f32, store_float
+from edgert.quant.simd_memory import load_f32, load_float, store_f32, store_float
 from edgert.types import ModelConfig
 
 # One layer. Norms are addresses of float32 weights, readable up to a multiple of 16 floats. qk_norm: NO_NORM, HEAD_NORM

@@ -21,16 +21,13 @@ from edgert.quant.simd import (
     keep_first,
     larger_or_second,
     largest_lane,
-    load_f32,
-    load_float,
     round_i32,
     scale_by_power,
-    store_f32,
-    store_float,
     sum_lanes,
     to_f32,
     zero_below,
 )
+from edgert.quant.simd_memory import load_f32, load_float, store_f32, store_float
 
 PANEL = 96  # most rows that are taken together: a multiple of MANY, and of 16
 AT_ONCE = (1, 2, 3, 4, 6, 8)  # rows in registers, where there are no more

@@ -22,19 +22,21 @@ from edgert.quant.simd import (
     fma,
     interleave_high,
     interleave_low,
-    load_f16,
-    load_f32,
-    load_float,
     max_lanes,
     maximum,
     odd_lanes,
     round_i32,
+    sum_lanes,
+)
+from edgert.quant.simd_memory import (
+    load_f16,
+    load_f32,
+    load_float,
     store_f16,
     store_f32,
     store_float,
     store_half,
     store_i8,
-    sum_lanes,
 )
 
 NO_NORM, HEAD_NORM, VECTOR_NORM = 0, 1, 2  # RMS norm of q and k: none, of each head, of the whole vector

@@ -12,18 +12,8 @@ from llvmlite import ir
 from edgert.quant import isa
 from edgert.quant.assembler import Code, Number, Value
 from edgert.quant.llvm import V_F32
-from edgert.quant.simd import (
-    fma,
-    interleave_high,
-    interleave_low,
-    load_f16,
-    load_f32,
-    load_float,
-    load_signed_bytes,
-    prefetch,
-    store_f32,
-    to_f32,
-)
+from edgert.quant.simd import fma, interleave_high, interleave_low, to_f32
+from edgert.quant.simd_memory import load_f16, load_f32, load_float, load_signed_bytes, prefetch, store_f32
 
 BLOCK = 64  # positions whose scores share one maximum
 GROUP = 32  # dimensions of an int8 key or value that share one scale

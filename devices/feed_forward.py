@@ -15,7 +15,8 @@ from edgert.quant.functions import activate, quantise_group, sigmoid
 from edgert.quant.jit import inner
 from edgert.quant.matmul import MATRIX, ROWS, multiply_blocks, multiply_row, put_rows, row_bytes, rows_at_once
 from edgert.quant.records import at, record
-from edgert.quant.simd import first_lane, fma, load_f32, load_float, load_long, splat, store_f32
+from edgert.quant.simd import first_lane, fma, splat
+from edgert.quant.simd_memory import load_f32, load_float, load_long, store_f32
 from edgert.quant.tile_kernels import GROUP_BYTES
 
 # Networks and the rows that they serve: the `n_experts` of `ids` (int64), of which expert e has three MATRIX (gate, up,

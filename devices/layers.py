@@ -25,7 +25,8 @@ from edgert.quant.functions import add_row, quantise_row, rms_norm
 from edgert.quant.jit import inner
 from edgert.quant.matmul import MATRIX, ROWS
 from edgert.quant.records import at, call, record, view
-from edgert.quant.simd import fma, load_f32, load_float, load_long, splat, store_f32, store_float
+from edgert.quant.simd import fma, splat
+from edgert.quant.simd_memory import load_f32, load_float, load_long, store_f32, store_float
 
 # A matrix that the normed rows go through: address of MATRIX, and of its products' floats, `stride` of them a row.
 PROJECTION = record("matrix out stride")

@@ -17,7 +17,8 @@ from edgert.quant.functions import exp, quantise_row, rms_norm, sigmoid, silu, s
 from edgert.quant.jit import inner
 from edgert.quant.matmul import MATRIX, ROWS
 from edgert.quant.records import at, call, record
-from edgert.quant.simd import fma, load_f32, load_float, splat, store_f32, store_float
+from edgert.quant.simd import fma, splat
+from edgert.quant.simd_memory import load_f32, load_float, store_f32, store_float
 
 # Addresses of STEP and of float rows, with their strides in floats, as in layers.py. `attend` is attention's address,
 # `attend_job` its job; `rows` what it leaves, `width` of them.

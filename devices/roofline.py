@@ -16,7 +16,8 @@ import numpy.typing as npt
 from edgert.devices.threads import ThreadPool, meet
 from edgert.quant.jit import kernel
 from edgert.quant.records import address_of, at, record
-from edgert.quant.simd import add_i32, dot4, load_i8, load_i32, splat_i32, store_int, sum_lanes_i32
+from edgert.quant.simd import add_i32, dot4, splat_i32, sum_lanes_i32
+from edgert.quant.simd_memory import load_i8, load_i32, store_int
 
 WANTED_BYTES = 1 << 30  # beyond any cache
 _LEAST_BYTES = 16 << 20

@@ -11,7 +11,8 @@ from edgert.quant import reference
 from edgert.quant.functions import exp, sigmoid
 from edgert.quant.jit import inner, kernel
 from edgert.quant.records import at, record
-from edgert.quant.simd import first_lane, load_float, splat
+from edgert.quant.simd import first_lane, splat
+from edgert.quant.simd_memory import load_float
 from edgert.types import Floats, Ids, RouterConfig, Routes
 
 SMALLEST_SUM = np.float32(6.103515625e-5)  # normalisation divides by no less (the smallest normal half float)

@@ -15,21 +15,17 @@ from edgert.quant.jit import inner
 from edgert.quant.simd import (
     absolute,
     fma,
-    load_f32,
     max_lanes,
     maximum,
     round_i32,
     saturate_exp,
     scale_by_power,
     splat,
-    store_f32,
-    store_float,
-    store_i8,
-    store_int,
     sum_lanes,
     sum_lanes_i32,
     to_f32,
 )
+from edgert.quant.simd_memory import load_f32, store_f32, store_float, store_i8, store_int
 from edgert.quant.tile_kernels import GROUP_BYTES
 
 _LOG2_E, _LN2_HIGH, _LN2_LOW = reference.LOG2_E, -reference.LN2_HIGH, -reference.LN2_LOW

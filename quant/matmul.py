@@ -16,7 +16,7 @@ from edgert.quant import tile_kernels
 from edgert.quant.formats import FORMATS, Format, MatrixSource, PackedPart
 from edgert.quant.jit import inner
 from edgert.quant.records import address_of, at, call, record
-from edgert.quant.simd import load_float, load_int, move32, store_float, store_int
+from edgert.quant.simd_memory import load_float, load_int, move32, store_float, store_int
 from edgert.quant.tile_kernels import GROUP_BYTES, tile_kernel
 
 # A packed matrix. `kernel8` to `kernel1` are addresses of tile kernels; `offset` is the format's, `halves` whether its

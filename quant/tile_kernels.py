@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from edgert.quant import simd
+from edgert.quant import simd, simd_memory
 from edgert.quant.formats import FORMATS, GROUP, Format
 from edgert.quant.jit import inner
 from edgert.quant.llvm import F32, I8, I16, I32, V_F32, V_I8, V_I32
@@ -146,13 +146,13 @@ class _Kernel:
         b = self.builder
         added = cgutils.alloca_once_value(b, ir.Constant(V_F32, [0.0] * 16))
         with b.if_then(b.icmp_unsigned("!=", bias, _I64(0))):
-            b.store(simd.load_f32.emit(b, b.add(bias, bias_at)), added)
+            b.store(simd_memory.load_f32.emit(b, b.add(bias, bias_at)), added)
         row = b.mul(block, _I64(self.rows))
         for t, total in enumerate(totals):
             address = b.add(at, b.mul(b.mul(b.add(row, _I64(t)), stride), _I64(4)))
             plain = b.load(total)
             value = b.select(b.icmp_unsigned("!=", bias, _I64(0)), b.fadd(plain, b.load(added)), plain)
-            simd.store_f32.emit(b, address, value)
+            simd_memory.store_f32.emit(b, address, value)
 
     # ---- small ones --------------------------------------------------------------------------------------------------
     def plus(self, address: Any, bytes_: Any) -> Any:
@@ -174,12 +174,12 @@ class _Kernel:
         """The 8 vectors of unsigned bytes of 32 columns whose planes lie at an address."""
         b, bits = self.builder, self.format.bits
         if bits == 8:
-            return [simd.load_i8.emit(b, self.plus(at, 64 * j)) for j in range(8)]
+            return [simd_memory.load_i8.emit(b, self.plus(at, 64 * j)) for j in range(8)]
         parts, position, plane_at = [], 0, 0
         for plane in (4, 2, 1):
             if bits & plane:
                 shared = 8 // plane
-                loaded = [simd.load_i8.emit(b, self.plus(at, plane_at + 64 * i)) for i in range(8 // shared)]
+                loaded = [simd_memory.load_i8.emit(b, self.plus(at, plane_at + 64 * i)) for i in range(8 // shared)]
                 mask = (1 << plane) - 1
                 parts.append([self.bits(loaded[j // shared], j % shared * plane, position, mask) for j in range(8)])
                 position, plane_at = position + plane, plane_at + 64 * plane
@@ -207,7 +207,7 @@ class _Kernel:
         if f.is_e8m0:
             return self.powers(self.numbers(self.plus(table, b.mul(group, _I64(16)))))
         if not f.scale_bits:
-            return simd.load_f16.emit(b, self.plus(table, b.mul(group, _I64(32))))
+            return simd_memory.load_f16.emit(b, self.plus(table, b.mul(group, _I64(32))))
         if f.scale_bits == 8:
             stored = self.numbers(self.plus(table, b.mul(group, _I64(16))))
         else:
@@ -219,7 +219,7 @@ class _Kernel:
             stored = b.sub(stored, ir.Constant(V_I32, [f.scale_offset] * 16))
         both = 2 if f.has_minimum else 1
         above = self.plus(at, f.block // GROUP * f.chunk_bytes + both * f.scale_bytes + (32 if of_minimum else 0))
-        return b.fmul(b.sitofp(stored, V_F32), simd.load_f16.emit(b, above))
+        return b.fmul(b.sitofp(stored, V_F32), simd_memory.load_f16.emit(b, above))
 
     def numbers(self, address: Any) -> Any:
         """16 bytes as unsigned integers."""
@@ -272,7 +272,7 @@ class _Integers(_Kernel):
         integers = self.plus(at, b.mul(chunk, _I64(f.chunk_bytes)))
         if self.rows == 1:
             for line in range(0, f.block_bytes * GROUP // f.block, 64):
-                simd.prefetch.emit(b, self.plus(integers, line + _AHEAD), level=2)
+                simd_memory.prefetch.emit(b, self.plus(integers, line + _AHEAD), level=2)
         vectors = self.vectors(integers)
         halves = 2 if f.group == 16 else 1
         width = 8 // halves
@@ -283,7 +283,7 @@ class _Integers(_Kernel):
             for t in range(self.rows):
                 dots = self.start(x, t, half, halves)
                 for j in range(half * width, half * width + width):
-                    four = simd.broadcast4.emit(b, self.plus(x, GROUP * t + 4 * j))
+                    four = simd_memory.broadcast4.emit(b, self.plus(x, GROUP * t + 4 * j))
                     dots = self.dot4(dots, vectors[j], four)
                 x_scale = self.splat(self.plus(x, GROUP * self.rows + 4 * t), F32)
                 total = simd.fma.emit(b, b.sitofp(dots, V_F32), b.fmul(scale, x_scale), b.load(totals[t]))
@@ -365,7 +365,9 @@ class _Floats(_Kernel):
             b.store(simd.fma.emit(b, weights, self.splat(self.plus(x, 4 * t), F32), b.load(total)), total)
 
     def float_weights(self, at: Any) -> Any:
-        load = {"f16": simd.load_f16, "bf16": simd.load_bf16, "f32": simd.load_f32}[self.format.name]
+        load = {"f16": simd_memory.load_f16, "bf16": simd_memory.load_bf16, "f32": simd_memory.load_f32}[
+            self.format.name
+        ]
         return load.emit(self.builder, at)
 
     def chunk(self, at: Any, chunk: Any, x: Any, totals: list[Any]) -> None:

@@ -15,7 +15,7 @@ from edgert.errors import UnsupportedError
 from edgert.quant import functions, ggml, matmul, reference
 from edgert.quant.formats import FORMATS, Format, Matrix
 from edgert.quant.jit import kernel
-from edgert.quant.simd import load_f32, store_f32
+from edgert.quant.simd_memory import load_f32, store_f32
 from edgert.quant.tile_kernels import GROUP_BYTES
 
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from edgert.errors import OptionError
-from edgert.quant import isa, simd
+from edgert.quant import isa, simd, simd_memory
 
 
 def convert(halves: Any, floats: Any, out_floats: Any, out_halves: Any) -> None:
     """Widen 16 halves at a time, narrow 16 floats at a time."""
     for i in range(0, len(halves), 16):
-        simd.store_f32(out_floats[i:].ctypes.data, simd.load_f16(halves[i:].ctypes.data))
+        simd_memory.store_f32(out_floats[i:].ctypes.data, simd_memory.load_f16(halves[i:].ctypes.data))
     for i in range(0, len(floats), 16):
-        simd.store_f16(out_halves[i:].ctypes.data, simd.load_f32(floats[i:].ctypes.data))
+        simd_memory.store_f16(out_halves[i:].ctypes.data, simd_memory.load_f32(floats[i:].ctypes.data))
     for i in range(16):
-        simd.store_half(out_halves[i:].ctypes.data, floats[i])
+        simd_memory.store_half(out_halves[i:].ctypes.data, floats[i])
 
 
 @pytest.mark.parametrize("instruction", [True, False])
@@ -106,8 +106,10 @@ def dot_products(dot4: Any, unsigned: Any, signed: Any) -> Any:
     def run(unsigned: Any, signed: Any, out: Any) -> None:
         for i in range(0, len(unsigned), 64):
             total = simd.splat_i32(np.int32(-1_000_000))
-            total = dot4(total, simd.load_i8(unsigned[i:].ctypes.data), simd.load_i8(signed[i:].ctypes.data))
-            simd.store_f32(out[i // 4 :].ctypes.data, simd.to_f32(total))
+            total = dot4(
+                total, simd_memory.load_i8(unsigned[i:].ctypes.data), simd_memory.load_i8(signed[i:].ctypes.data)
+            )
+            simd_memory.store_f32(out[i // 4 :].ctypes.data, simd.to_f32(total))
 
     out = np.empty(len(unsigned) // 4, np.float32)
     run(unsigned.astype(np.uint8), signed.astype(np.int8), out)
@@ -132,9 +134,9 @@ def check_look_up() -> None:
 
     @numba.njit
     def translate(indexes: Any, out: Any) -> None:
-        found = look_up(simd.load_i8(indexes.ctypes.data))
+        found = look_up(simd_memory.load_i8(indexes.ctypes.data))
         for byte in range(4):
-            simd.store_f32(out[byte].ctypes.data, simd.to_f32(simd.unsigned_byte(found, np.int32(byte))))
+            simd_memory.store_f32(out[byte].ctypes.data, simd.to_f32(simd.unsigned_byte(found, np.int32(byte))))
 
     indexes, out = np.random.default_rng(0).integers(0, 16, 64, dtype=np.uint8), np.empty((4, 16), np.float32)
     indexes[:16] = range(16)
@@ -172,7 +174,7 @@ def test_each_x86_cpu_takes_its_path(name: str) -> None:
         pytest.skip(f"this CPU lacks some of {features}")
     program = f"""if True:
         import re, numba, test_simd
-        from edgert.quant import isa, simd
+        from edgert.quant import isa, simd, simd_memory
         assert isa.choose().name == "{name}", isa.explain()
         test_simd.check_dot_products()
         test_simd.check_look_up()
@@ -181,8 +183,8 @@ def test_each_x86_cpu_takes_its_path(name: str) -> None:
         @numba.njit("void(int64, int64, int64)")
         def dot(unsigned, signed, out):
             total = simd.splat_i32(numba.int32(0))
-            total = simd.dot4_below_128(total, simd.load_i8(unsigned), simd.load_i8(signed))
-            simd.store_f32(out, simd.to_f32(total))
+            total = simd.dot4_below_128(total, simd_memory.load_i8(unsigned), simd_memory.load_i8(signed))
+            simd_memory.store_f32(out, simd.to_f32(total))
 
         (code,) = dot.inspect_asm().values()
         assert re.search("{instruction}.*{register}", code), code
@@ -217,9 +219,9 @@ def test_the_path_in_use_and_the_reason_show(monkeypatch: pytest.MonkeyPatch) ->
 def test_bytes_are_widened_and_prefetching_harms_nothing() -> None:
     @numba.njit
     def widen(bytes: Any, out: Any) -> None:
-        simd.prefetch(bytes.ctypes.data)
-        simd.prefetch(0)
-        simd.store_f32(out.ctypes.data, simd.to_f32(simd.load_bytes(bytes.ctypes.data)))
+        simd_memory.prefetch(bytes.ctypes.data)
+        simd_memory.prefetch(0)
+        simd_memory.store_f32(out.ctypes.data, simd.to_f32(simd_memory.load_bytes(bytes.ctypes.data)))
 
     out = np.empty(16, np.float32)
     for start in range(0, 256, 16):
