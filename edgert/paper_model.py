@@ -19,7 +19,7 @@ from edgert.architectures import read_config
 from edgert.errors import ModelFileError, OptionError
 from edgert.huggingface_config import read_folder_config
 from edgert.preset_keys import KeyPreset
-from edgert.storage.gguf_header import TensorInfo
+from edgert.storage.gguf_values import TensorInfo
 from edgert.storage.json_file import JsonObject
 from edgert.tensor_table import EMBEDDING, HEAD, layer_tensors, model_tensors, optional_layer_tensors
 from edgert.types import ModelConfig

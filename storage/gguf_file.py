@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from edgert.errors import EdgertError, MemoryLimitError, ModelFileError
 from edgert.storage.flash import open_regular
-from edgert.storage.gguf_header import HeaderReader, Metadata
-from edgert.storage.gguf_header import TensorInfo as TensorInfo
+from edgert.storage.gguf_header import HeaderReader
+from edgert.storage.gguf_values import Metadata
+from edgert.storage.gguf_values import TensorInfo as TensorInfo
 
 _PAGE = mmap.PAGESIZE
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")

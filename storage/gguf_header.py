@@ -11,8 +11,6 @@ import io
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from edgert.errors import ModelFileError, UnsupportedError
+from edgert.storage.gguf_values import Metadata, Strings, TensorInfo
 
 # Caps on what a header may ask for, each far above any real model (6,000 tensors, 300,000 tokens, 50 keys).
 # They bound time and memory for a sparse file, whose size on paper costs its maker nothing.
@@ -74,76 +73,6 @@ _RETIRED_TYPES = {
     38: "IQ4_NL_8_8",
 }
 _LAST_PLAUSIBLE_TYPE = 255  # ggml counts its types upwards from 0: a higher id is damage, not a newer ggml
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies and what it is.
-
-    shape is in numpy's order, slowest dimension first (GGUF's dimensions reversed); offset is in bytes from
-    the start of the file parts[part].
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: GGMLQuantizationType
-    part: int
-    offset: int
-    n_bytes: int
-
-    @property
-    def n_rows(self) -> int:
-        """Rows along the last dimension: the product of all others."""
-        return math.prod(self.shape[:-1])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.n_bytes // self.n_rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Strings:
-    """A string array as it lies in the file: lengths and bytes in turn, already checked."""
-
-    raw: bytearray
-    count: int
-
-    def decode(self) -> list[str]:
-        raw, unpack, end = self.raw, _U64.unpack_from, 0
-        strings = []
-        for _ in range(self.count):
-            start = end + 8
-            end = start + unpack(raw, end)[0]
-            strings.append(raw[start:end].decode("utf-8", "surrogateescape"))
-        return strings
-
-
-class Metadata(Mapping[str, Any]):
-    """The metadata of a model by key: int, float, bool, str, numpy array, or list[str] for a string array.
-
-    A string array is decoded when it is first asked for. Its bytes that are not UTF-8 become lone surrogates,
-    so that `text.encode("utf-8", "surrogateescape")` gives a token's bytes back; in a plain string, which
-    people read, they become U+FFFD.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._values[key]
-        if isinstance(value, _Strings):
-            value = self._values[key] = value.decode()
-        return value
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 class HeaderReader:
@@ -324,7 +253,7 @@ class HeaderReader:
             raise self._too_long(f"{what} says {count:,} {kind}, more than {self._size:,} bytes can hold")
         self._left[kind] -= count
 
-    def _walk_strings(self, count: int, what: str) -> _Strings:
+    def _walk_strings(self, count: int, what: str) -> Strings:
         """Step over `count` strings: only the lengths are looked at."""
         self._spend("strings", count, 8, what)
         data, unpack = self._data, _U64.unpack_from
@@ -338,7 +267,7 @@ class HeaderReader:
                 done += 1
         self._need(position, f"{what}, item {count:,} of {count:,},")
         self._position = position
-        return _Strings(data[start:position], count)
+        return Strings(data[start:position], count)
 
     # -- tensors
 
