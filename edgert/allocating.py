@@ -143,7 +143,14 @@ class Problem:
 
     def record_bytes(self, found: Solution) -> int:
         """Bytes of all records of a solution, with what stays as the source has it."""
-        return record_bytes(self.shapes, found.bits, self.kept if self._others else None)
+        return self._records(found.bits)
+
+    def most_record_bytes(self) -> int:
+        """Bytes of all records at the most that the formats take, with what stays as the source has it."""
+        return self._records(self._bits(np.where(self.allowed, self.sizes, -1).argmax(axis=1)))
+
+    def _records(self, bits: Bits) -> int:
+        return record_bytes(self.shapes, bits, self.kept if self._others else None)
 
     def _solve(self, **limit: Any) -> Solution:
         return self.solution(
@@ -152,10 +159,13 @@ class Problem:
 
     def solution(self, found: Allocation) -> Solution:
         """An allocation of this problem's items as formats."""
+        return Solution(self._bits(found.choice), found.n_bytes, found.loss, found.bound)
+
+    def _bits(self, chosen: Ids) -> Bits:
+        """The formats of items (n_items,)."""
         choice = np.full((*self._sensitivity.rows.shape, len(PROJECTIONS)), AS_SOURCE, np.int64)
-        choice[np.ix_(self.layers, np.arange(self._shape[1]), self.places)] = found.choice.reshape(self._shape[:3])
-        bits = Bits(self._formats, choice, self._hot, self._sensitivity.quantiser)
-        return Solution(bits, found.n_bytes, found.loss, found.bound)
+        choice[np.ix_(self.layers, np.arange(self._shape[1]), self.places)] = chosen.reshape(self._shape[:3])
+        return Bits(self._formats, choice, self._hot, self._sensitivity.quantiser)
 
 
 def record_bytes(shapes: tuple[tuple[int, int], ...], bits: Bits, kept: Format | None = None) -> int:

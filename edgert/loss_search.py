@@ -54,9 +54,12 @@ class Search:
         self._solve, self._largest, self._smallest, self._measure = solve, largest, smallest, measure
         self.tried: list[Tried] = []
 
-    def go(self, bound: float) -> Solution | None:
-        """The smallest, or where time is counted the fastest, of those that keep the bound; None if none does."""
-        expected, passed, missed = math.log1p(bound), 0.0, math.inf
+    def go(self, bound: float, most: float = math.inf) -> Solution | None:
+        """The smallest, or where time is counted the fastest, of those that keep the bound; None if none does.
+
+        most: what it may be expected to lose, whatever is measured, but for the largest, which may always be taken.
+        """
+        expected, passed, missed = min(math.log1p(bound), most), 0.0, most
         kept: list[Solution] = []
         for left in reversed(range(_ATTEMPTS)):
             found = self._largest if not left and not kept else self._within(expected)

@@ -64,7 +64,7 @@ from edgert.weights import Progress, Weights
 from edgert.work_folder import work_of
 
 _PROOFS = 3  # of ever smaller expected losses, where other text missed a bound that was kept where bits were chosen
-_LEAST_LOWERED, _MOST_LOWERED = 0.7, 0.25  # factors of the bound from one of them to the next
+_LEAST_LOWERED, _MOST_LOWERED = 0.7, 0.05  # factors of what is expected from one of them to the next
 _REPLAYED_TOKENS = 4000  # of the profile's routes, for speed
 
 
@@ -187,7 +187,9 @@ class _Run:
         weights = Weights(self._file, config, source=smallest)
         options, place = self._request.options, self._request.out.absolute().parent
         n_context, kv_type = context_of(options.get("context"), config), options.get("kv_type", "f16")
-        tier, self._said["flash"] = tier_for(weights, memory, place, n_context, kv_type, most=problem.most_bytes)
+        tier, self._said["flash"] = tier_for(
+            weights, memory, place, n_context, kv_type, most=problem.most_record_bytes()
+        )
         self._progress(f"flash of {self._said['flash']}", 0.0)
         return tier
 
@@ -261,25 +263,26 @@ class _Run:
         There a standard error is allowed on top: that a text which was not chosen by says more is as likely as that it
         says less, and bits are chosen with a standard error to spare.
         """
-        choose = self._by_edgemoe(place) if self._goal.method == "edgemoe" else self._by_search(place)
-        aim = bound
+        choose = self._by_edgemoe(place, bound) if self._goal.method == "edgemoe" else self._by_search(place, bound)
+        share, proved = 1.0, set[str]()
         for _ in range(_PROOFS):
-            if (bits := choose(aim, aim < bound)) is None:
+            if (bits := choose(share)) is None or bits.digest() in proved:
                 break
+            proved.add(bits.digest())
             self._pack(place, bits)
             self._proof = self._prove(place)
             found = self._proof.comparison
             if found.increase <= bound + found.standard_error:
                 return
             self._tried.append(f"{found.increase:+.2%} +/- {found.standard_error:.2%} where it is proved")
-            aim *= min(max(bound / found.increase, _MOST_LOWERED), _LEAST_LOWERED)
+            share = min(max(bound / found.increase, _MOST_LOWERED), _LEAST_LOWERED)
         raise OptionError(
             f"--loss {100 * bound:g}% cannot be reached; bits per weight, and rise of perplexity with its standard "
             f"error: {', '.join(self._tried)}; allow more, or profile more text"
         )
 
-    def _by_search(self, place: Place) -> Callable[[float, bool], Bits | None]:
-        """Chooses the smallest or fastest within a bound; `at_last`: the largest where none keeps it."""
+    def _by_search(self, place: Place, bound: float) -> Callable[[float], Bits | None]:
+        """Chooses the smallest or fastest within a bound that is expected to lose a share of the one chosen before."""
         problem = self._problem()
         solve = self._fastest(problem) if self._goal.objective == "speed" else problem.within_loss
         largest, smallest = problem.largest(), problem.smallest()
@@ -291,10 +294,14 @@ class _Run:
             self._tell(f"{words} +/- {risen.standard_error:.2%}")
             return risen
 
-        def choose(bound: float, at_last: bool) -> Bits | None:
-            found = Search(solve, largest, smallest, measure).go(bound) or (largest if at_last else None)
+        most = math.inf
+
+        def choose(share: float) -> Bits | None:
+            nonlocal most
+            found = Search(solve, largest, smallest, measure).go(bound, share * most)
             if found is None:
                 return None
+            most = found.loss
             if found is largest:
                 self._said["optimum"] = "the least loss that the formats reach"
             elif found.seconds is None:
@@ -311,8 +318,11 @@ class _Run:
 
         return choose
 
-    def _by_edgemoe(self, place: Place) -> Callable[[float, bool], Bits | None]:
-        """Chooses the most experts of two bits, the least sensitive ones, that keep a bound; see edgemoe."""
+    def _by_edgemoe(self, place: Place, bound: float) -> Callable[[float], Bits | None]:
+        """Chooses the most experts of two bits, the least sensitive ones, that keep a bound; see edgemoe.
+
+        Of the number that was chosen before a share at most.
+        """
         self._unknown("so kept at four bits")
 
         def measure(low: Mask) -> float:
@@ -320,7 +330,15 @@ class _Run:
             self._tell(f"{int(low.sum()):,} experts of two bits: {risen.increase:+.2%} +/- {risen.standard_error:.2%}")
             return risen.increase + risen.standard_error
 
-        return lambda bound, _: self._low(choose_low(self._alone, measure, bound).low)
+        most = self._alone.size
+
+        def choose(share: float) -> Bits:
+            nonlocal most
+            low = choose_low(self._alone, measure, bound, int(share * most)).low
+            most = int(low.sum())
+            return self._low(low)
+
+        return choose
 
     def _low(self, low: Mask) -> Bits:
         """Two bits for these experts, four for the others."""

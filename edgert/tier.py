@@ -24,19 +24,20 @@ def tier_for(
 ) -> tuple[Tier, str]:
     """The tier of a model on flash at `place`, in `memory` bytes; and how its rate is known.
 
-    weights: with the fewest bits that its experts can have; most: bytes of experts with the most. OptionError where
-    even those fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
+    weights: with the fewest bits that its experts can have; most: bytes of their records with the most. OptionError
+    where even those fit: then bits for speed are the fewest bits. MemoryLimitError: below the floor.
     """
-    needed = replace(needs(weights, n_context, kv_type), compiling=False)  # the first run alone waits for the compiler
-    plan = plan_memory(needed, Budget(memory, memory, memory))
-    room = plan.slots or needed.cold + memory - plan.total  # what a loss needs may not fit where the fewest bits do
-    if room >= most:
+    # The first run alone waits for the compiler; and what does not all fit is read from flash, so that is planned for.
+    needed = replace(needs(weights, n_context, kv_type), compiling=False, cold=most)
+    plan = plan_memory(needed, Budget(memory, memory, memory, strict=True))
+    if not plan.slots:
         raise OptionError(
             f"all experts fit --memory {memory >> 20:,}MiB in any format, {most >> 20:,} MiB at most: there the fewest "
             "bits are the fastest, leave --objective speed away"
         )
+    whole = memory - (needed.plan(min(needed.work)).total - most)
     rate, words = flash_rate(place, needed.record)
-    return Tier(room, rate), words
+    return Tier(plan.slots, rate, whole_bytes=whole), words
 
 
 def flash_rate(place: Path, record_bytes: int) -> tuple[float, str]:

@@ -24,15 +24,17 @@ class LowExperts(NamedTuple):
     measured: tuple[tuple[int, float], ...]
 
 
-def choose_low(alone: Numbers, measure: Callable[[Mask], float], most_loss: float) -> LowExperts:
+def choose_low(
+    alone: Numbers, measure: Callable[[Mask], float], most_loss: float, most: int | None = None
+) -> LowExperts:
     """The low width for as many of the least sensitive experts as keep the loss within `most_loss`.
 
     alone: (n_layers, n_expert) the loss with that expert alone at the low width, and not a number for experts that
     keep the base width; of equal ones the first is lowered first. measure: the loss of a choice (n_layers, n_expert).
-    It is taken to grow with the number of lowered experts, which is found by halving: log2(n) + 2 measurements.
-    OptionError where the base width itself loses more.
+    It is taken to grow with the number of lowered experts, which is found by halving: log2(n) + 2 measurements. most:
+    so many at most are lowered. OptionError where the base width itself loses more.
     """
-    order = np.argsort(alone.reshape(-1), kind="stable")[: np.count_nonzero(np.isfinite(alone))]
+    order = np.argsort(alone.reshape(-1), kind="stable")[: np.count_nonzero(np.isfinite(alone))][:most]
     measured = list[tuple[int, float]]()
 
     def lowered(count: int) -> Mask:
@@ -46,8 +48,8 @@ def choose_low(alone: Numbers, measure: Callable[[Mask], float], most_loss: floa
 
     if not keeps(0):
         raise OptionError(
-            f"with all experts at the base width the loss is {measured[0][1]:.4g}, above {most_loss:.4g}; allow more, "
-            "or take a wider base"
+            f"with all experts at the base width the loss is {measured[0][1]:.2%}, above {most_loss:.2%}; allow more, "
+            "or take another method"
         )
     most, beyond = 0, len(order) + 1
     count = len(order)  # all of them first: often that is what the tolerance allows, or what it misses by far

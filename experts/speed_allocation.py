@@ -34,11 +34,12 @@ _NEW = 0.6  # the share that a round's prices have in the next one's: they swing
 @dataclass(frozen=True)
 class Tier:
     """What experts on flash have to do with: bytes of the buffer for experts, the rate of flash at the size of a
-    record, and what each read takes besides."""
+    record, what each read takes besides, and the bytes of experts that all stay in RAM, with no reads at all."""
 
     buffer_bytes: int
     bytes_per_s: float
     latency_s: float = 1e-4
+    whole_bytes: int = 0
 
 
 class Speed(NamedTuple):
@@ -160,8 +161,7 @@ class Replayed:
     def price(self, choice: Ids) -> tuple[Speed, Numbers]:
         """What a token takes, and seconds a token for each byte more of each expert, (n_layers, n_expert)."""
         sizes, tier = self._options.record_bytes(choice), self._tier
-        hits = self._hits(sizes, tier.buffer_bytes)
-        fewer = self._hits(sizes, int(_LESS * tier.buffer_bytes))
+        hits, fewer = self._hits(sizes, 1.0), self._hits(sizes, _LESS)
         flash_s, more_s = (self._flash_s(h) for h in (hits, fewer))
         room = max(more_s - flash_s, 0.0) / ((1.0 - _LESS) * tier.buffer_bytes)  # seconds a token for a byte of buffer
         missed = hits.missed.reshape(sizes.shape) / hits.n_tokens
@@ -169,10 +169,12 @@ class Replayed:
         arithmetic_s = float((self.used * self._options.uses_s(choice)).sum())
         return Speed(arithmetic_s, flash_s, hits.rate), missed / tier.bytes_per_s + room * held
 
-    def _hits(self, sizes: Ids, n_bytes: int) -> Hits:
-        old = self._trace
+    def _hits(self, sizes: Ids, share: float) -> Hits:
+        """With a share of the memory: all in RAM if they fit, else a buffer."""
+        old, tier = self._trace, self._tier
         trace = Trace.without_scores(old.model, np.where(old.record_bytes > 0, sizes, 0), old.ids, old.weights)
-        policy = make_policy(DEFAULT_POLICY, trace.record_bytes, self._profile)
+        policy, total = make_policy(DEFAULT_POLICY, trace.record_bytes, self._profile), int(trace.record_bytes.sum())
+        n_bytes = total if total <= share * tier.whole_bytes else int(share * tier.buffer_bytes)
         return replay_policy(trace, policy, n_bytes, self._n_warm)
 
     def _flash_s(self, hits: Hits) -> float:

@@ -39,8 +39,13 @@ def test_the_least_sensitive_get_the_low_width_until_the_tolerance_is_reached(
         assert math.fsum(loss for loss, _ in ranked[: count + 1]) > tolerance
 
 
+def test_no_more_than_so_many_are_lowered() -> None:
+    for most in range(5):
+        assert choose_low(np.ones((2, 2)), lambda low: 0.0, 0.02, most).low.sum() == most
+
+
 def test_a_base_that_loses_too_much_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"base width the loss is 0\.03, above 0\.02"):
+    with pytest.raises(OptionError, match=r"base width the loss is 3\.00%, above 2\.00%"):
         choose_low(np.ones((2, 2)), lambda low: 0.03, 0.02)
 
 

@@ -109,6 +109,15 @@ def test_a_rise_that_is_lost_in_a_small_error_is_no_end() -> None:
     assert len({one.solution.n_bytes for one in made.tried}) == len(made.tried) > 1
 
 
+def test_nothing_but_the_largest_is_expected_to_lose_more_than_it_may() -> None:
+    for most in (0.05, 0.01, 1e-9):
+        made = search(lambda found: -0.02)
+        found = made.go(0.1, most)
+        assert found is not None and found.loss <= max(most, of_size(_MOST).loss)
+        assert all(one.solution.loss <= max(most, of_size(_MOST).loss) for one in made.tried)
+    assert found.n_bytes == _MOST
+
+
 def test_the_fastest_is_taken_where_time_counts() -> None:
     seconds = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
 

@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 
 import edgert
+from edgert import memory
+from edgert import pack_bits as pack_bits_module
 from edgert.allocating import Problem
 from edgert.architectures import read_config
 from edgert.bits import PROJECTIONS, hot_format
+from edgert.divergence import Rise
 from edgert.errors import MemoryLimitError, OptionError
 from edgert.experts.profile import Profile, Sensitivity
 from edgert.goal import Goal
 from edgert.needs import needs
 from edgert.pack_bits import PackedBits, Request, pack_bits, work_of
 from edgert.profiling import profile_model
+from edgert.proof import Proof
 from edgert.quant import jit
 from edgert.quant.formats import FORMATS
 from edgert.quantising import profile_counts
@@ -58,21 +62,6 @@ def formats_in_use(bundle: Path) -> set[tuple[str, ...]]:
     return {tuple(part.format.name for part in manifest.kinds[kind]) for kind in kinds.tolist()}
 
 
-# ---- EdgeMoE's two widths --------------------------------------------------------------------------------------------
-def test_edgemoe_gives_two_bits_to_as_many_experts_as_the_bound_lets_it(tmp_path: Path) -> None:
-    model = tiny_moe.write(tmp_path / "tiny.gguf")
-    profile = profiled(model)
-    goal = Goal(loss=0.24, method="edgemoe", quantiser="rtn")  # with all of four bits it is 0.06, of two 0.54
-    found = pack(model, tmp_path / "m.edge", profile, goal)
-    assert keeps(found, 0.24)
-    assert formats_in_use(tmp_path / "m.edge") == {("int4",) * 3, ("int2",) * 3}  # an expert has one width
-    assert 2.5 < found.bits["bits_per_weight"] < 4.5
-    with pytest.raises(OptionError, match="base width"):
-        pack(model, tmp_path / "n.edge", profile, replace(goal, loss=1e-4))
-    assert not (tmp_path / "n.edge").exists()
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------
 def sensitivity(profile: Profile) -> Sensitivity:
     """Errors that fall fourfold with each bit, the same for all experts."""
     rows = profile_counts(profile).astype(np.int32)
@@ -87,6 +76,49 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile]:
     model = tiny_moe.write(tmp_path_factory.mktemp("larger") / "larger.gguf", sizes=LARGER)
     profile = profiled(model)
     return model, profile.with_sensitivity(sensitivity(profile))
+
+
+# ---- EdgeMoE's two widths --------------------------------------------------------------------------------------------
+def test_edgemoe_gives_two_bits_to_as_many_experts_as_the_bound_lets_it(tmp_path: Path) -> None:
+    model = tiny_moe.write(tmp_path / "tiny.gguf")
+    profile = profiled(model)
+    goal = Goal(loss=0.24, method="edgemoe", quantiser="rtn")  # with all of four bits it is 0.06, of two 0.54
+    found = pack(model, tmp_path / "m.edge", profile, goal)
+    assert keeps(found, 0.24)
+    assert formats_in_use(tmp_path / "m.edge") == {("int4",) * 3, ("int2",) * 3}  # an expert has one width
+    assert 2.5 < found.bits["bits_per_weight"] < 4.5
+    with pytest.raises(OptionError, match="base width"):
+        pack(model, tmp_path / "n.edge", profile, replace(goal, loss=1e-4))
+    assert not (tmp_path / "n.edge").exists()
+
+
+# ---- proofs ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("method", "bound"), [("optimal", 0.02), ("edgemoe", 0.1)])
+def test_where_the_proof_is_missed_though_the_choosing_text_gains_bits_are_raised(
+    method: str, bound: float, tmp_path: Path, larger: tuple[Path, Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where noise helps on one text and not on the other: what was proved says how far to go back."""
+    model, profile = larger
+    proved, prove = list[float](), pack_bits_module.prove
+
+    def noted(*parts: Any, **options: Any) -> Proof:
+        proof = prove(*parts, **options)
+        proved.append(proof.comparison.increase)
+        return proof
+
+    monkeypatch.setattr(pack_bits_module, "rise", lambda before, after: Rise(-0.01, 0.001))
+    monkeypatch.setattr(pack_bits_module, "prove", noted)
+    found = pack(model, tmp_path / "m.edge", profile, Goal(loss=bound, method=method, quantiser="rtn"))
+    assert keeps(found, bound)
+    assert 1 < len(proved) <= 3 and len(set(proved)) == len(proved), proved
+    assert proved[0] > bound and proved[-1] == min(proved)
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def no_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models meet their own floors, as large ones do, not that of a process that starts."""
+    monkeypatch.setattr(memory, "STARTING_BYTES", 0)
 
 
 def budgets(model: Path, profile: Profile) -> tuple[int, int]:
@@ -130,12 +162,12 @@ def test_room_for_the_compiler_is_not_taken_off_the_buffer(
     compiled: bool, kv_type: str, tmp_path: Path, larger: tuple[Path, Profile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jit, "is_compiled", lambda kernel: compiled)
-    memory = sum(budgets(*larger)) // 2
+    budget = sum(budgets(*larger)) // 2
     with smallest(*larger) as weights:
-        tier, _ = tier_for(weights, memory, tmp_path, OPTIONS["context"], kv_type, most=1 << 40)
+        tier, _ = tier_for(weights, budget, tmp_path, OPTIONS["context"], kv_type, most=1 << 40)
         needed = replace(needs(weights, OPTIONS["context"], kv_type), compiling=False)
-    assert needed.plan(min(needed.work), tier.buffer_bytes).total <= memory
-    assert needed.plan(min(needed.work), tier.buffer_bytes + needed.record).total > memory
+    assert needed.plan(min(needed.work), tier.buffer_bytes).total <= budget
+    assert needed.plan(min(needed.work), tier.buffer_bytes + needed.record).total > budget
 
 
 def test_bits_are_chosen_for_speed_where_all_of_the_fewest_bits_fit_and_those_within_the_loss_do_not(
@@ -146,11 +178,12 @@ def test_bits_are_chosen_for_speed_where_all_of_the_fewest_bits_fit_and_those_wi
     with smallest(model, profile) as weights:
         needed = replace(needs(weights, OPTIONS["context"], "f16"), compiling=False)
         tier, _ = tier_for(weights, whole + 4096, tmp_path, OPTIONS["context"], most=1 << 40)
-    assert tier.buffer_bytes == needed.cold + 4096
+    assert tier.whole_bytes == needed.cold + 4096
+    assert tier.buffer_bytes <= tier.whole_bytes - needed.buffers, "reading takes room too"
     goal = Goal(loss=0.05, objective="speed", memory=whole + 4096, quantiser="rtn")
     found = pack(model, tmp_path / "m.edge", profile, goal)
     assert keeps(found, 0.05)
-    assert read_manifest(tmp_path / "m.edge").expert_bytes > tier.buffer_bytes, "more than the buffer holds"
+    assert read_manifest(tmp_path / "m.edge").expert_bytes > tier.whole_bytes, "it reads"
 
 
 def test_speed_is_refused_at_once_where_all_experts_fit_and_where_nothing_runs(
@@ -158,11 +191,11 @@ def test_speed_is_refused_at_once_where_all_experts_fit_and_where_nothing_runs(
 ) -> None:
     (model, profile), out = larger, tmp_path / "m.edge"
     floor, whole = budgets(model, profile)
-    for memory, error, words in (
+    for budget, error, words in (
         (16 * whole, OptionError, "all experts fit --memory .* in any format.* leave --objective speed away"),
         (floor - (1 << 20), MemoryLimitError, "below this model's floor"),
     ):
         with pytest.raises(error, match=words):
-            goal = Goal(loss=0.1, objective="speed", memory=memory, quantiser="rtn")
+            goal = Goal(loss=0.1, objective="speed", memory=budget, quantiser="rtn")
             pack(model, out, profile, goal)
         assert not out.exists() and not work_of(out).exists()
