@@ -92,9 +92,10 @@ def jobs_of(
     for layer, expert, formats in wanted:
         found = weights.expert(layer, expert)
         gate, up, down = (_floats(matrix) for matrix in (found.gate, found.up, found.down))
-        rows, importance = states.of(layer, expert)
+        rows, importance, shares = states.of(layer, expert)
         if weights.config.router is not None and weights.config.router.on_inputs:
             rows, importance = rows * importance[:, None], np.ones_like(importance)
+        importance = importance * np.sqrt(shares)  # it is squared
         rows16 = rows.astype(np.float16)  # as they were kept
         activation = weights.config.activation
         of_layer = biases_of(layer)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgert.bits import PROJECTIONS, Bits, expert_shapes, fitting, kept_words
 from edgert.expert_jobs import PROBE, errors_of, jobs_of, tiles_of
-from edgert.experts.profile import Profile, Sensitivity
+from edgert.experts.profile import Profile, Sensitivity, normalised
 from edgert.jobs import run_jobs
 from edgert.pack_meter import Meter
 from edgert.quant.formats import FORMATS, Format, MatrixSource
@@ -48,7 +48,7 @@ _BASE = "int8"  # what the experts of other layers get in a trial
 _TAKEN = 0.05  # nats that the probe's format costs a model, where it cannot be measured
 _TRIAL_CHUNKS = 8
 _EXACT = {"activations": "f32", "kv_type": "f32", "device": "cpu"}
-METHOD = 4  # of finding errors and gains: to be raised with what changes their values
+METHOD = 5  # of finding errors and gains: to be raised with what changes their values
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Bench:
 
     def store(self, name: str, profile: Profile, *settings: str) -> TileStore:
         """A store of what is found of a profile with these settings, by today's method; under others it is emptied."""
-        return TileStore(self.work / name, [METHOD, text_digest(profile), *self._kinds(), *settings])
+        shares = " ".join(f"{share:.6g}" for share in normalised(profile.shares).values())
+        return TileStore(self.work / name, [METHOD, text_digest(profile), shares, *self._kinds(), *settings])
 
     def _kinds(self) -> list[str]:
         """Options of running that decide what is found."""
@@ -106,8 +107,8 @@ def text_digest(profile: Profile) -> str:
 
 
 def profile_counts(profile: Profile) -> Ids:
-    """Calibration tokens of each expert, (n_layers, n_expert)."""
-    ids = np.concatenate([domain.ids for domain in profile.domains], axis=1)
+    """Calibration tokens of each expert, (n_layers, n_expert), in the domains that count."""
+    ids = np.concatenate([domain.ids for domain in profile.domains if profile.shares.get(domain.name)], axis=1)
     counts = [np.bincount(layer.reshape(-1), minlength=profile.n_expert) for layer in ids]
     return np.array(counts, np.int64) * (profile.record_bytes > 0)
 
@@ -205,13 +206,16 @@ def _gains(bench: Bench, model: Model, profile: Profile, store: TileStore, error
 
 
 def trial_chunks(profile: Profile, n_chunks: int) -> list[list[int]]:
-    """Chunks of the calibration text, evenly from all domains."""
-    chunks: list[list[int]] = []
-    each = -(-n_chunks // len(profile.domains))
-    for domain in profile.domains:
-        whole = domain.tokens.reshape(-1, profile.chunk)
-        chunks += whole[np.arange(min(each, len(whole))) * len(whole) // min(each, len(whole))].tolist()
-    return chunks[: max(n_chunks, len(profile.domains))]
+    """Chunks of the calibration text, of each domain by its share, one at least."""
+    shares = {name: share for name, share in profile.shares.items() if share}
+    counts, chunks = dict.fromkeys(shares, 1), list[list[int]]()
+    while sum(counts.values()) < n_chunks:
+        counts[max(shares, key=lambda name: shares[name] / counts[name])] += 1
+    for name, count in counts.items():
+        whole = profile.domain(name).tokens.reshape(-1, profile.chunk)
+        count = min(count, len(whole))
+        chunks += whole[np.arange(count) * len(whole) // count].tolist()
+    return chunks
 
 
 def make_tiles(bench: Bench, weights: Weights, states: States, bits: Bits, store: TileStore) -> None:

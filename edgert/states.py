@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgert.devices.base import Device
 from edgert.errors import EdgertError, OptionError, StorageError
-from edgert.experts.profile import Profile
+from edgert.experts.profile import Profile, normalised
 from edgert.model import Model
 from edgert.profile_run import run_chunk, tokens_meter
 from edgert.tile_store import write_aside
@@ -34,8 +34,8 @@ _NOTE_S = 5.0  # between two notes of how much was collected
 class States:
     """Rows of the layers that were collected. `path` is the caller's to remove.
 
-    rows: float16 (n_layers of `layers`, n_tokens, d_model), mapped from the file. Raises StorageError where that is not
-    there as a whole.
+    rows: float16 (n_layers of `layers`, n_tokens, d_model), mapped from the file. shares: float32 (n_tokens,), what each
+    token counts by its domain's share, 1 in the mean. Raises StorageError where the file is not there as a whole.
     """
 
     def __init__(self, profile: Profile, layers: Sequence[int], path: Path) -> None:
@@ -43,19 +43,25 @@ class States:
         if not _is_whole(path, shape := _shape(profile, self.layers)):
             raise StorageError(f"{path}: what the experts were given is gone, or cut short; collect it anew")
         self.rows: npt.NDArray[np.float16] = np.memmap(path, np.float16, "r", shape=shape)
+        counts, shares = [len(domain.tokens) for domain in profile.domains], normalised(profile.shares)
+        each = [shares.get(domain.name, 0.0) * profile.n_tokens / len(domain.tokens) for domain in profile.domains]
+        self.shares: Floats = np.repeat(np.array(each, np.float32), counts)
 
     def tokens(self, layer: int, expert: int) -> tuple[Ids, Floats]:
-        """The tokens (n,) that were routed to an expert, ascending over all domains, and the router's weights (n,)."""
+        """The tokens (n,) that were routed to an expert, ascending over all domains that count, and its weights (n,)."""
         found, weights, start = [], [], 0
         for domain in self.profile.domains:
             token, place = np.nonzero(domain.ids[layer] == expert)
             found.append(token + start)
             weights.append(domain.weights[layer][token, place])
             start += len(domain.tokens)
-        return np.concatenate(found), np.concatenate(weights).astype(np.float32)
+        tokens = np.concatenate(found)
+        counts = self.shares[tokens] > 0
+        return tokens[counts], np.concatenate(weights).astype(np.float32)[counts]
 
-    def of(self, layer: int, expert: int, limit: int = 4096) -> tuple[Floats, Floats]:
-        """What an expert was given and the router's weights: (n, d_model) and (n,), at most `limit`, evenly spread.
+    def of(self, layer: int, expert: int, limit: int = 4096) -> tuple[Floats, Floats, Floats]:
+        """What an expert was given (n, d_model), the router's weights (n,) and `shares` (n,), at most `limit` of them,
+        evenly spread.
 
         OptionError for a layer that was not collected.
         """
@@ -65,7 +71,7 @@ class States:
         if len(tokens) > limit:
             chosen = (2 * np.arange(limit) + 1) * len(tokens) // (2 * limit)
             tokens, weights = tokens[chosen], weights[chosen]
-        return self.rows[self.layers.index(layer)][tokens].astype(np.float32), weights
+        return self.rows[self.layers.index(layer)][tokens].astype(np.float32), weights, self.shares[tokens]
 
 
 def collect_states(

@@ -105,7 +105,7 @@ def _domains(parts: Sequence[Part], weights: Mapping[str, float]) -> tuple[tuple
 
 def _sensitivity(parts: Sequence[Part], weights: Mapping[str, float]) -> Sensitivity | None:
     """What quantising costs on the mixture: losses are weighted means, and so are gains and shares of the tokens."""
-    each = [(weights[part.name], part.profile.sensitivity) for part in parts]
+    each = [(weights[part.name], part.profile.sensitivity) for part in parts if weights[part.name]]
     known = [(weight, one) for weight, one in each if one is not None]
     if len(known) < len(each) or len({(one.quantiser, one.formats) for _, one in known}) > 1:
         return None

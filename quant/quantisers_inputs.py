@@ -83,14 +83,12 @@ class Inputs:
         Small eigenvalues of a Hessian of few rows are too small, and error feedback would run into them. So each half
         of the rows gives directions, the other half the mean squares along them, and both ways are averaged (Lam 2016,
         "Nonparametric eigenvalue-regularized precision or covariance matrix estimator"). Needs no damping.
+        Directions that a half has no rows in are no directions: there only the columns' own squares count.
         """
         total = np.zeros((len(self.moments),) * 2)
         if self.is_enough:
-            for seen, unseen in (self.halves, self.halves[::-1]):
-                _, directions = np.linalg.eigh(seen)
-                along = np.sum(directions * (unseen @ directions), axis=0)
-                total += (directions * along) @ directions.T
-            total *= 1 / self.n_tokens
+            first, second = self.halves
+            total = (_to_be_expected(first, second) + _to_be_expected(second, first)) / self.n_tokens
         else:
             total[np.diag_indices(len(total))] = self.moments
         mean = float(np.mean(np.diagonal(total)))
@@ -119,6 +117,25 @@ def half_products(first: Floats, second: Floats, importance: Floats | None) -> t
                 x = x * np.square(importance[rows, None])
             sums[part % 2] += x.T @ y
     return sums[0], sums[1]
+
+
+def _to_be_expected(seen: Doubles, unseen: Doubles) -> Doubles:
+    """Mean squares of the unseen rows along the directions of the seen ones.
+
+    Where those are fewer than columns, any basis of the rest is an eigenbasis, and which one it is depends on the
+    machine. So the rest gets the diagonal of the unseen rows, projected: the same for all bases, with the same trace.
+    """
+    values, directions = np.linalg.eigh(seen)
+    along = np.sum(directions * (unseen @ directions), axis=0)
+    unknown = values <= values[-1] * len(values) * np.finfo(np.float32).eps
+    rest = directions[:, unknown]
+    inside = rest.T @ (np.diagonal(unseen)[:, None] * rest)
+    trace, wanted = float(np.trace(inside)), float(along[unknown].sum())
+    along[unknown] = 0.0
+    found: Doubles = (directions * along) @ directions.T
+    if trace > 0:
+        found += rest @ (inside * (wanted / trace)) @ rest.T
+    return found
 
 
 def _factor(hessian: Doubles) -> Doubles:

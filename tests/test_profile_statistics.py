@@ -150,6 +150,11 @@ def test_a_merged_loss_is_the_mean_loss() -> None:
     assert merged is not None and merged.n_tokens == 60
     expected = 0.7 * found[0].loss() + 0.3 * found[1].loss()
     np.testing.assert_allclose(merged.loss(), expected, rtol=1e-5, atol=1e-7)
+    for part in found:
+        part.errors[..., 0, 0] = np.inf  # a format that does not fit
+    only = merge([part._replace(weight=weight) for part, weight in zip(parts, (0, 1), strict=True)]).sensitivity
+    assert only is not None and only.n_tokens == 40 and not np.isnan(only.errors).any()
+    np.testing.assert_allclose(only.loss()[..., 1:], found[1].loss()[..., 1:], rtol=1e-5, atol=1e-7)
     parts[1] = parts[1]._replace(profile=two.with_sensitivity(replace(found[1], quantiser="rtn")))
     assert merge(parts).sensitivity is None
 

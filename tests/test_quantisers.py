@@ -86,6 +86,18 @@ def test_errors_are_fed_back_at_least_as_well_as_by_the_published_algorithm(bits
     assert cost(found) < 0.9 * cost(plain_gptq(w, inputs.shrunk, 64, bits))
 
 
+@pytest.mark.parametrize("n", [40, 90, 400])
+def test_what_is_expected_of_unseen_rows_hangs_on_no_basis(n: int) -> None:
+    """Where a half has fewer rows than columns, its rest has as many bases as there are orders of the columns."""
+    random = np.random.default_rng(n)
+    rows = (random.normal(size=(n, 96)) @ random.normal(size=(96, 96))).astype(np.float32)
+    order = random.permutation(96)
+    found, other = Inputs(rows).shrunk, Inputs(rows[:, order]).shrunk
+    np.testing.assert_allclose(other, found[np.ix_(order, order)], atol=1e-5 * float(np.abs(found).max()))
+    assert np.linalg.eigvalsh(found)[0] > 0
+    assert np.trace(found) == pytest.approx(np.trace(Inputs(rows).hessian()), rel=1e-3)
+
+
 def test_few_rows_promise_no_more_than_unseen_ones_keep() -> None:
     """Along its smallest eigenvectors a Hessian of few rows is far too small; what is used errs upwards."""
     x = rows(20000, 128)

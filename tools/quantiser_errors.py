@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 errors, seconds = [], []
                 for place in places:
                     before = whole_expert(weights, *place)
-                    rows, importance = states.of(*place)
+                    rows, importance, _ = states.of(*place)
                     held = np.arange(len(rows)) * _BLOCKS // len(rows) % 2 == 1
                     started = time.perf_counter()
                     fitted = rows[~held], importance[~held]
