@@ -34,8 +34,8 @@ _NOTE_S = 5.0  # between two notes of how much was collected
 class States:
     """Rows of the layers that were collected. `path` is the caller's to remove.
 
-    rows: float16 (n_layers of `layers`, n_tokens, d_model), mapped from the file. shares: float32 (n_tokens,), what each
-    token counts by its domain's share, 1 in the mean. Raises StorageError where the file is not there as a whole.
+    rows: float16 (n_layers of `layers`, n_tokens, d_model), mapped from the file. shares: float32 (n_tokens,), what
+    each token counts by its domain's share, 1 in the mean. Raises StorageError where the file is not there as a whole.
     """
 
     def __init__(self, profile: Profile, layers: Sequence[int], path: Path) -> None:
@@ -48,7 +48,7 @@ class States:
         self.shares: Floats = np.repeat(np.array(each, np.float32), counts)
 
     def tokens(self, layer: int, expert: int) -> tuple[Ids, Floats]:
-        """The tokens (n,) that were routed to an expert, ascending over all domains that count, and its weights (n,)."""
+        """The tokens (n,) that were routed to an expert, ascending over all domains that count, and weights (n,)."""
         found, weights, start = [], [], 0
         for domain in self.profile.domains:
             token, place = np.nonzero(domain.ids[layer] == expert)
