@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +41,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name="edgert job", daemon=True)
+        resource_tracker.ensure_running()  # else the first start does it, and unblocks what this thread blocks
+        _ignore_interrupts()
         with _one_thread():
             self._process.start()
         theirs.close()

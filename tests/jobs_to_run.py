@@ -32,6 +32,10 @@ def surroundings(_job: object) -> tuple[int, int, str, list[str]]:
     return os.getpid(), os.nice(0), os.environ["OMP_NUM_THREADS"], sorted(sys.modules)
 
 
+def sees_interrupts(_job: object) -> bool:
+    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def fail(number: int) -> int:
     if number == 3:
         raise ValueError(f"{number} is not liked")

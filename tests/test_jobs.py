@@ -135,6 +135,25 @@ def test_closing_the_iterator_ends_workers_that_are_busy(tmp_path: Path) -> None
     assert not is_running(busy)
 
 
+FIRST_WORKERS = """
+from jobs_to_run import sees_interrupts
+from edgert.jobs import run_jobs
+
+if __name__ == "__main__":
+    print([dict(run_jobs(sees_interrupts, [None], workers=1))[0] for _ in range(2)])
+"""
+
+
+def test_no_worker_sees_an_interrupt_the_first_of_a_process_neither(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FIRST_WORKERS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    found = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert (found.stdout, found.stderr) == ("[False, False]\n", "")
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
