@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from glob import escape
@@ -23,7 +24,7 @@ _LEFT_S = 3600.0  # what nobody has touched for so long is nobody's
 def written_aside(path: Path) -> Iterator[Path]:
     """A file to write that takes the place of `path` at the end, unless something is raised. Raises OSError."""
     _remove_old(path)
-    aside = path.with_name(f"{_beginning(path)}{os.getpid()}{_END}")
+    aside = _aside(path)
     try:
         yield aside
         os.replace(aside, path)
@@ -36,9 +37,14 @@ def check_writable(path: Path) -> None:
     """OSError now, not after the run that is to be written there; ValueError for what is no path."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    aside = path.with_name(f"{_beginning(path)}{os.getpid()}{_END}")
+    aside = _aside(path)
     aside.touch()
     aside.unlink()
+
+
+def _aside(path: Path) -> Path:
+    """A new name beside: threads of one process, or containers that share a folder, may write one file at once."""
+    return path.with_name(f"{_beginning(path)}{secrets.token_hex(8)}{_END}")
 
 
 def _beginning(path: Path) -> str:
@@ -49,6 +55,8 @@ def _beginning(path: Path) -> str:
 
 def _remove_old(path: Path) -> None:
     with contextlib.suppress(OSError):
-        for left in path.parent.glob(f"{escape(_beginning(path))}*{_END}"):
-            if time.time() - left.stat().st_mtime > _LEFT_S:
+        beginning = _beginning(path)
+        for left in path.parent.glob(f"{escape(beginning)}*{_END}"):
+            of_another = "." in left.name[len(beginning) : -len(_END)]  # of a.json, where this is a
+            if not of_another and time.time() - left.stat().st_mtime > _LEFT_S:
                 left.unlink()

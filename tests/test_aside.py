@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,19 +43,35 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None
     assert path.read_text() == "old" and os.listdir(tmp_path) == [path.name]
 
 
+def test_two_threads_may_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with written_aside(path) as first:
+        first.write_text("first")
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_write, path, "second").result()
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and os.listdir(tmp_path) == [path.name]
+
+
+def _write(path: Path, text: str) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(text)
+
+
 def test_what_a_killed_process_left_goes_when_the_file_is_written_again_and_is_old(tmp_path: Path) -> None:
-    path, other = tmp_path / "a*", tmp_path / ".ab.1.part"
-    other.write_text("of another file")
+    path, others = tmp_path / "a*", {".ab.1.part", ".a*.json.1.part"}
     long_ago = time.time() - 7200
-    os.utime(other, (long_ago, long_ago))
+    for other in others:
+        (tmp_path / other).write_text("of another file")
+        os.utime(tmp_path / other, (long_ago, long_ago))
     killed = subprocess.run([sys.executable, "-c", _KILLED, str(path)], check=False, timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    (left,) = set(os.listdir(tmp_path)) - {other.name}
+    (left,) = set(os.listdir(tmp_path)) - others
     for age, there in ((time.time(), {left}), (long_ago, set())):  # another process may be at it
         os.utime(tmp_path / left, (age, age))
         with written_aside(path) as aside:
             aside.write_text("whole")
-        assert set(os.listdir(tmp_path)) == {path.name, other.name} | there
+        assert set(os.listdir(tmp_path)) == {path.name} | others | there
 
 
 def test_where_nothing_can_be_written_is_known_before(tmp_path: Path) -> None:
