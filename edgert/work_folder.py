@@ -46,6 +46,21 @@ def locked_work(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def storage_errors(out: Path) -> Iterator[None]:
+    """Turn what the disk says of the work on a profile into a StorageError with a remedy; what is done stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of a connection
+            raise
+        folder = work_of(out)
+        raise StorageError(
+            f"{error.filename or folder} cannot be written ({error.strerror}); make room, or see to the disk, and "
+            f"profile the same again, which goes on where it broke off, or remove {folder}"
+        ) from error
+
+
 def _lock(folder: Path) -> int | None:
     """A locked descriptor of the folder; None where another process holds the lock."""
     while True:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -115,6 +118,20 @@ def test_what_quantising_costs_is_said(run: Run, tmp_path: Path) -> None:
     ]
     code, out, err = run("m.gguf", "--context", 64, "--tokens", 128, "--corpus", "t.txt", "--quantiser", "rtn")
     assert code == 2 and "with sensitivity to gptq, not rtn: name another file with --out, or remove it" in err
+
+
+def test_a_disk_that_is_full_while_costs_are_measured_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(Path("t.txt"))
+
+    def write(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("edgert.tile_store.write_aside", write)
+    code, out, err = run("m.gguf", "--context", 64, "--threads", 1, "--tokens", 128, "--corpus", "t.txt")
+    assert code == 2 and out == ""
+    work = r"\S*m\.profile\.npz\.work"
+    said = rf"error: {work} cannot be written \(No space .*\); make room, .* goes on .*, or remove {work}"
+    assert re.fullmatch(said, err.splitlines()[-1]), err
 
 
 REFUSED = {

@@ -142,9 +142,9 @@ def _add_sensitivity(
     from edgert.experts.profile import Profile
     from edgert.loading import resolve
     from edgert.quantising import Bench, measure_sensitivity
-    from edgert.work_folder import locked_work
+    from edgert.work_folder import locked_work, storage_errors
 
-    with locked_work(done.path) as work:
+    with locked_work(done.path) as work, storage_errors(done.path):
         found = Profile.load(done.path)
         if found.sensitivity is None:  # nor measured by another process in between
             bench = Bench(resolve(model), work, report, dask, runtime)
