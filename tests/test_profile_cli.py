@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ def test_what_quantising_costs_is_said(run: Run, tmp_path: Path) -> None:
     assert out.splitlines()[-2:] == [
         "expected rise of perplexity: 0.40% with 4 bits, 1.61% with 3 bits for all experts (gptq)",
         "what costs most of it: layers 0 (75%), 1 (25%); gate 25%, up 25%, down 50%",
+    ]
+    errors[:, :, 2] = np.inf
+    profile.with_sensitivity(replace(found, errors=errors.astype(np.float32))).save(tmp_path / "m.profile.npz")
+    code, out, err = run("m.gguf", "--context", 64, "--threads", 1, "--tokens", 128, "--corpus", "t.txt")
+    assert code == 0, err
+    assert out.splitlines()[-2:] == [
+        "expected rise of perplexity: 0.20% with 4 bits, 0.80% with 3 bits for all experts (gptq), down left as in the "
+        "source, for no format fits",
+        "what costs most of it: layers 0 (75%), 1 (25%); gate 50%, up 50%",
     ]
     code, out, err = run("m.gguf", "--context", 64, "--tokens", 128, "--corpus", "t.txt", "--quantiser", "rtn")
     assert code == 2 and "with sensitivity to gptq, not rtn: name another file with --out, or remove it" in err

@@ -252,13 +252,17 @@ def _about(profile: Profile) -> dict[str, Any]:
 def _costs(found: Sensitivity) -> dict[str, Any]:
     """What quantising costs: the expected rise of perplexity with all experts at a width, and where it comes from.
 
-    By the format of each width that loses least. layers, projections: shares of that at the smallest width.
+    By the format of each width that loses least. layers, projections: shares of that at the smallest width. kept: the
+    projections that no format fits, which stay as in the source and cost nothing.
     """
     import numpy as np
 
+    from edgert.bits import PROJECTIONS
     from edgert.quant.formats import FORMATS
 
     losses, widths = found.loss().astype(np.float64), [FORMATS[name].bits for name in found.formats]
+    fits = np.isfinite(losses.sum(axis=(0, 1))).any(axis=1)
+    losses[:, :, ~fits] = 0
     shares, rises = dict[str, Any](), dict[str, float]()
     for width in (4, 3):
         totals = [losses[..., place].sum() if bits == width else np.inf for place, bits in enumerate(widths)]
@@ -272,9 +276,10 @@ def _costs(found: Sensitivity) -> dict[str, Any]:
             "layers": {
                 str(layer): float(by_layer[layer]) for layer in np.argsort(-by_layer, kind="stable")[:3].tolist()
             },
-            "projections": dict(zip(("gate", "up", "down"), by_projection.tolist(), strict=True)),
+            "projections": dict(zip(PROJECTIONS, by_projection.tolist(), strict=True)),
         }
-    return {"measured": found.is_measured, "rise": rises, **shares}
+    kept = [name for name, fit in zip(PROJECTIONS, fits.tolist(), strict=True) if not fit]
+    return {"measured": found.is_measured, "rise": rises, **shares, "kept": kept}
 
 
 def _mean(row: Any) -> float | None:
@@ -336,7 +341,9 @@ def _show_about(about: dict[str, Any]) -> None:
         )
     elif costs and costs["rise"]:
         rises = ", ".join(f"{rise:.2%} with {width} bits" for width, rise in costs["rise"].items())
-        output.write(f"expected rise of perplexity: {rises} for all experts ({about['sensitivity']})\n")
+        kept = f", {' and '.join(costs['kept'])} left as in the source, for no format fits" if costs["kept"] else ""
+        output.write(f"expected rise of perplexity: {rises} for all experts ({about['sensitivity']}){kept}\n")
         layers = ", ".join(f"{layer} ({share:.0%})" for layer, share in costs["layers"].items())
-        parts = ", ".join(f"{name} {share:.0%}" for name, share in costs["projections"].items())
+        shares = [(name, share) for name, share in costs["projections"].items() if name not in costs["kept"]]
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in shares)
         output.write(f"what costs most of it: layers {layers}; {parts}\n")
