@@ -21,7 +21,7 @@ from edgert.architectures import read_config
 from edgert.corpus import Corpus, chunks_for, least_held_out, read_corpora, template_words, without_copies
 from edgert.errors import ModelFileError, OptionError, StorageError
 from edgert.experts.moments import Moments
-from edgert.experts.profile import OWN_TEXT, Domain, Profile
+from edgert.experts.profile import OWN_TEXT, Domain, Profile, kinds_in_words
 from edgert.experts.replay import compare_predictors
 from edgert.loading import Parts, open_model, resolve, words
 from edgert.model import load
@@ -165,7 +165,7 @@ class _Run:
         theirs = {domain.name: (domain.tokens, domain.held_out) for domain in profile.domains}
         known = profile.settings.get("kinds", self._kinds())
         if known != self._kinds():
-            return f"run with {_named(known)}, not with {_named(self._kinds())}"
+            return f"run with {kinds_in_words(known)}, not with {kinds_in_words(self._kinds())}"
         if not self._corpora:
             if list(theirs) != [OWN_TEXT]:
                 return f"of {', '.join(theirs)}"
@@ -295,12 +295,6 @@ class _Run:
             recall=recall,
             settings=settings,
         )
-
-
-def _named(kinds: Any) -> str:
-    """Options of running in words."""
-    named = zip(("--kv-type", "--activations"), kinds, strict=True)
-    return ", ".join(f"{name} {kind}" for name, kind in named if kind) or "defaults"
 
 
 def _flat(chunks: Sequence[Sequence[int]]) -> list[int]:

@@ -176,6 +176,12 @@ def normalised(shares: Mapping[str, float]) -> dict[str, float]:
     return {name: share / total for name, share in shares.items()}
 
 
+def kinds_in_words(kinds: Sequence[Any]) -> str:
+    """Options of running that decide the bits, as settings have them."""
+    named = zip(("--kv-type", "--activations"), kinds, strict=True)
+    return ", ".join(f"{name} {kind}" for name, kind in named if kind) or "defaults"
+
+
 def _count(domain: Domain, n_expert: int) -> npt.NDArray[np.float64]:
     """How often each expert was chosen, (n_layers, n_expert)."""
     return np.array([np.bincount(ids.reshape(-1), minlength=n_expert)[:n_expert] for ids in domain.ids], np.float64)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import OptionError
-from edgert.experts.profile import Domain, Profile, Sensitivity, normalised
+from edgert.experts.profile import Domain, Profile, Sensitivity, kinds_in_words, normalised
 from edgert.experts.text_overlap import Words, copies
 from edgert.types import Floats
 
@@ -33,6 +33,7 @@ def merge(parts: Sequence[Part]) -> Profile:
     first = parts[0].profile
     for part in parts:
         _check(parts[0], part)
+    kinds = _kinds(parts)
     names = [part.name for part in parts]
     if len(set(names)) < len(names):
         raise OptionError(f"profiles {', '.join(names)}: each can be merged once")
@@ -62,7 +63,7 @@ def merge(parts: Sequence[Part]) -> Profile:
             for name in common
         },
         sensitivity=_sensitivity(parts, weights),
-        settings={**first.settings, "own": None, "template": words},
+        settings={**first.settings, **kinds, "own": None, "template": words},
     )
 
 
@@ -89,6 +90,19 @@ def _check(first: Part, other: Part) -> None:
     shapes = [(p.top_k, p.input_moments.shape, p.hidden_moments.shape, p.domains[0].ids.dtype) for p in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise OptionError(f"{other.name} has other shapes than {first.name}: one of them is damaged")
+
+
+def _kinds(parts: Sequence[Part]) -> dict[str, Any]:
+    """The setting that all share who know it; OptionError where two differ: no run would give the routes of both."""
+    known = [part for part in parts if "kinds" in part.profile.settings]
+    for other in known[1:]:
+        ours, theirs = (part.profile.settings["kinds"] for part in (known[0], other))
+        if theirs != ours:
+            raise OptionError(
+                f"{other.name} was run with {kinds_in_words(theirs)}, {known[0].name} with {kinds_in_words(ours)}, "
+                "which routes otherwise: profile both with the same --kv-type and --activations"
+            )
+    return {"kinds": known[0].profile.settings["kinds"]} if known else {}
 
 
 def _domains(parts: Sequence[Part], weights: Mapping[str, float]) -> tuple[tuple[Domain, ...], dict[str, float]]:

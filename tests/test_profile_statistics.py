@@ -200,6 +200,18 @@ def test_what_does_not_fit_is_not_merged(what: str) -> None:
         merge([Part("a", profile, 1), Part("b", replace(profile, **change), 1)])
 
 
+def test_profiles_that_were_run_otherwise_are_not_merged() -> None:
+    def part(name: str, *kinds: str | None) -> Part:
+        profile = make_profile(make_domain(name, 3, seed=ord(name)))
+        return Part(name, replace(profile, settings={"kinds": list(kinds)} if kinds else {}), 1)
+
+    older, plain, exact = part("a"), part("b", None, None), part("c", None, "f32")
+    assert merge([older, exact, exact._replace(name="d")]).settings["kinds"] == [None, "f32"]
+    for parts in ([plain, exact], [older, plain, exact]):
+        with pytest.raises(OptionError, match="c was run with --activations f32, b with defaults, which"):
+            merge(parts)
+
+
 def test_a_profile_is_merged_once_with_a_weight() -> None:
     profile = make_profile()
     with pytest.raises(OptionError, match="can be merged once"):
