@@ -126,7 +126,8 @@ def _sensitivity(parts: Sequence[Part], weights: Mapping[str, float]) -> Sensiti
     n_tokens = sum(one.n_tokens for _, one in known)
     gains = np.asarray(sum(weight * one.gains.astype(np.float64) for weight, one in known))
     share = np.asarray(sum(weight * one.rows / max(one.n_tokens, 1) for weight, one in known))
-    loss = np.asarray(sum(weight * one.loss().astype(np.float64) for weight, one in known))
+    losses = [weight * one.loss().astype(np.float64) for weight, one in known if weight]  # some are without end
+    loss = np.asarray(sum(losses))
     rows = np.rint(share * n_tokens)
     unit = gains[:, None] * rows / n_tokens
     return Sensitivity(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,17 @@ def test_a_merged_loss_is_the_mean_loss() -> None:
     np.testing.assert_allclose(only.loss()[..., 1:], found[1].loss()[..., 1:], rtol=1e-5, atol=1e-7)
     parts[1] = parts[1]._replace(profile=two.with_sensitivity(replace(found[1], quantiser="rtn")))
     assert merge(parts).sensitivity is None
+
+
+def test_losses_without_end_are_merged_also_with_no_weight(tmp_path: Path) -> None:
+    found = make_sensitivity(20)
+    found.errors[:, :, 2] = np.inf  # no format fits
+    one, two = (make_profile(make_domain(name, 5)).with_sensitivity(found) for name in "ab")
+    merge([Part("a", one, 1), Part("b", two, 0)]).save(tmp_path / "p.npz")
+    merged = Profile.load(tmp_path / "p.npz").sensitivity
+    assert merged is not None
+    known = found.rows > 0
+    np.testing.assert_allclose(merged.loss()[known], found.loss()[known], rtol=1e-5)
 
 
 def test_two_texts_of_one_name_are_told_apart() -> None:
