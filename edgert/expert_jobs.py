@@ -46,6 +46,9 @@ class ExpertJob:
     activation: str
     biases: Biases | None = None
 
+    def __str__(self) -> str:
+        return f"layer {self.layer}, expert {self.expert}"
+
     def arrays(self) -> tuple[Floats, Floats, Floats, Floats]:
         """gate, up, down and rows as float32."""
         gate, up, down, rows = (a.astype(np.float32) for a in (self.gate, self.up, self.down, self.rows))

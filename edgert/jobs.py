@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
@@ -68,7 +69,7 @@ class _Task(Generic[J]):
 
     @property
     def name(self) -> str:
-        return f"job {self.index} ({' '.join(repr(self.job).split())[:80]})"
+        return f"job {self.index} ({' '.join(str(self.job).split())[:80]})"
 
 
 def _run(place: _Place, function: Callable[[J], R], jobs: Iterable[J], notice: Notice) -> Iterator[tuple[int, R]]:
@@ -145,6 +146,17 @@ def _processes(workers: int | None) -> Iterator[_Place]:
 
 # ---- a cluster -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """No records of a logger: what goes wrong is raised here as an error of one line."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextlib.contextmanager
 def _cluster(address: str, notice: Notice) -> Iterator[_Place]:
     """Dask runs a job again by itself when its worker dies, three times unless its settings say otherwise.
 
@@ -154,6 +166,19 @@ def _cluster(address: str, notice: Notice) -> Iterator[_Place]:
         config, distributed = (importlib.import_module(name) for name in ("dask.config", "distributed"))
     except ImportError as error:
         raise OptionError(f"--dask needs Dask ({error}); install it with: pip install 'edgert[cluster]'") from error
+    settings = {"distributed.admin.large-graph-warning-threshold": "1TiB"}
+    with _quiet("distributed.client"), _connected(address, distributed) as client, config.set(settings):
+        cluster = _Cluster(address, client, distributed.TimeoutError)
+        cluster.check_sources(notice)
+        executor = client.get_executor(pure=False)
+        try:
+            yield _Place(executor, cluster.room, (distributed.KilledWorker,), 2)
+        finally:
+            executor.shutdown(wait=False)
+
+
+def _connected(address: str, distributed: Any) -> Any:
+    """A client of a scheduler; OptionError where none answers."""
     client = distributed.Client.__new__(distributed.Client)  # in hand also when connecting fails
     try:
         client.__init__(address, timeout=_CONNECT_S, set_as_default=False)
@@ -163,14 +188,7 @@ def _cluster(address: str, notice: Notice) -> Iterator[_Place]:
             f"--dask {address!r}: no scheduler answers there ({_line(error)}); give the address of one that runs, "
             "tcp://HOST:PORT"
         ) from error
-    with client, config.set({"distributed.admin.large-graph-warning-threshold": "1TiB"}):
-        cluster = _Cluster(address, client, distributed.TimeoutError)
-        cluster.check_sources(notice)
-        executor = client.get_executor(pure=False)
-        try:
-            yield _Place(executor, cluster.room, (distributed.KilledWorker,), 2)
-        finally:
-            executor.shutdown(wait=False)
+    return client
 
 
 class _Cluster:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import logging
 import os
 import signal
 import subprocess
@@ -33,6 +35,7 @@ from jobs_to_run import (
 )
 
 from edgert.errors import JobError, OptionError
+from edgert.expert_jobs import ExpertJob
 from edgert.goal import Goal
 from edgert.jobs import run_jobs
 from edgert.pack_bits import Request, pack_bits
@@ -101,6 +104,13 @@ def test_a_job_that_kills_three_workers_is_named_and_what_was_done_is_not_lost(t
     with pytest.raises(JobError):
         found += run_jobs(die, [tmp_path], workers=2)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_job_of_an_expert_is_named_by_it() -> None:
+    weights, rows = np.zeros((2, 2), np.float16), np.zeros((1, 2), np.float16)
+    job = ExpertJob(0, 3, weights, weights, weights, rows, np.ones(1, np.float32), (), "rtn", "silu")
+    with pytest.raises(JobError, match=r"^job 0 \(layer 0, expert 3\) is given up"):
+        list(run_jobs(die_unless_zero, [job], workers=1))
 
 
 def test_what_a_function_raises_is_raised_with_its_place_in_the_worker() -> None:
@@ -276,6 +286,43 @@ def test_what_a_function_raises_in_a_cluster_is_raised(cluster: str) -> None:
 def test_a_job_that_kills_every_worker_of_a_cluster_is_named(cluster: str) -> None:
     with pytest.raises(JobError, match=r"job 1 \(7\) is given up"):
         list(run_jobs(die_unless_zero, [0, 7, 0], dask=cluster))
+
+
+def test_a_scheduler_that_is_killed_is_told_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("distributed", reason="Dask is not installed: pip install 'edgert[cluster]'")
+    place, meeting = tmp_path / "scheduler.json", Meeting(tmp_path / "arrived", tmp_path / "never")
+    records = list[Any]()
+    listening = logging.Handler()
+    listening.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("distributed.client").addHandler(listening)
+    with part_of_a_cluster("scheduler", "--port", "0", place) as scheduler, contextlib.ExitStack() as stack:
+        wait_for(place, 1)
+        stack.enter_context(part_of_a_cluster("worker", "--no-nanny", place))
+
+        def kill() -> None:
+            wait_for(meeting.arrived, 1)
+            scheduler.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(JobError, match=r"^job 0 \(Meeting.* was dropped: the cluster's scheduler is gone"):
+            list(run_jobs(meet, [meeting], dask=json.loads(place.read_text())["address"]))
+        killer.join()
+    logging.getLogger("distributed.client").removeHandler(listening)
+    assert not records
+
+
+@contextlib.contextmanager
+def part_of_a_cluster(kind: str, *options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of Dask's, killed at the end; the last option is the file in which the scheduler is found."""
+    command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--no-dashboard"]
+    command += [*map(str, options[:-1]), "--scheduler-file", str(options[-1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense://here", "no host"])
