@@ -212,6 +212,24 @@ def test_what_the_command_prints(tmp_path: Path, model: Path, place: Path, profi
         assert result.exit_code != 0 and message in result.output.replace("\n", " "), result.output
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OptionError("cannot be reached")])
+def test_where_a_pack_that_ends_early_keeps_what_is_done_is_said(
+    error: BaseException, tmp_path: Path, model: Path, place: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_early(request: Request, progress: Any) -> PackedBits:
+        for path in folders:
+            path.mkdir()
+        raise error
+
+    out, folders = tmp_path / "m.edge", [tmp_path / "m.edge.work", tmp_path / "m.edge.part"]
+    monkeypatch.setattr(pack_bits_module, "pack_bits", end_early)
+    words = ["pack", str(model), str(out), "--profile", str(place / "profile.npz"), "--loss", "2%"]
+    result = RUN.invoke(app, words, env={"COLUMNS": "400"})
+    said = f"what is done is kept in {folders[0]} and {folders[1]}: pack again to go on, or remove them\n"
+    assert result.exit_code != 0 and said in result.output, result.output
+    assert ("stopped; what" in result.output) == isinstance(error, KeyboardInterrupt)
+
+
 @pytest.mark.parametrize("words", [["--loss", "2%"], ["--format", "int4"]])
 def test_an_unknown_quantiser_is_refused_before_the_model_is_looked_for(tmp_path: Path, words: list[str]) -> None:
     result = RUN.invoke(app, ["pack", str(tmp_path / "absent.gguf"), *words, "--quantiser", "best"])

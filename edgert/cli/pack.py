@@ -13,7 +13,7 @@ import typer
 from edgert.cli import output
 from edgert.cli.interrupts import while_loading
 from edgert.cli.options import Chosen, Json, command
-from edgert.errors import OptionError
+from edgert.errors import EdgertError, OptionError
 
 if TYPE_CHECKING:
     from edgert.goal import Goal
@@ -111,21 +111,33 @@ def pack(
         from edgert.corpus_files import read_whole
         from edgert.pack import check_goal, default_out
         from edgert.pack_bits import Request, pack_bits, profile_for
-        from edgert.work_folder import work_of
 
         target, text = out or default_out(source), None if proof is None else read_whole(proof)
         options = {**chosen.runtime}
         if goal.memory is not None:  # what the runtime will have, not this
             options.pop("memory")
         check_goal(target, goal.as_document())
-        try:
+        with _telling_what_is_kept(target):
             found = profile_for(source, target, profile, report, options)
             request = Request(source, target, found, goal, text, str(proof or ""), dask, options)
             packed = pack_bits(request, report)
-        except KeyboardInterrupt:
-            output.note(f"stopped; what is done is kept in {work_of(target)}: pack again to go on, or remove it")
-            raise
     _show_bits(packed, json)
+
+
+@contextlib.contextmanager
+def _telling_what_is_kept(out: Path) -> Iterator[None]:
+    """Where what is done lies when the pack is stopped or fails: another goal takes experts from there too."""
+    from edgert.pack_place import part_of
+    from edgert.work_folder import work_of
+
+    try:
+        yield
+    except (KeyboardInterrupt, EdgertError) as error:
+        if kept := [str(path) for path in (work_of(out), part_of(out)) if path.exists()]:
+            stopped, them = isinstance(error, KeyboardInterrupt), "them" if len(kept) > 1 else "it"
+            done = "stopped; what is done" if stopped else "what is done"
+            output.note(f"{done} is kept in {' and '.join(kept)}: pack again to go on, or remove {them}")
+        raise
 
 
 def _goal(words: dict[str, Any], memory: Any) -> Goal:
