@@ -118,14 +118,19 @@ class Problem:
         found = allocate_for_speed(routes, options, tier, loss, progress)
         return replace(self.solution(found.allocation), seconds=found.speed.total_s)
 
-    def within_records(self, n_bytes: int) -> Solution:
-        """The least loss whose records, with their padding, take at most so many bytes."""
-        least = self.smallest()
-        if self.record_bytes(least) > n_bytes:
+    def smallest_within(self, n_bytes: int, beside: int) -> Solution:
+        """The choice of the fewest bytes; OptionError where its records and `beside` other bytes take more."""
+        experts = self.record_bytes(found := self.smallest())
+        if (needed := beside + experts) > n_bytes:
             raise OptionError(
-                f"the experts need {self.record_bytes(least):,} bytes at least, and {n_bytes:,} are left "
-                "for them; give a larger --size"
+                f"--size {n_bytes:,}B is too small: the bundle takes {needed:,} bytes at least, {experts:,} of them "
+                f"experts; use --size {needed}B or more"
             )
+        return found
+
+    def within_records(self, n_bytes: int, beside: int) -> Solution:
+        """The least loss whose records, with their padding, and `beside` other bytes take at most so many."""
+        least, n_bytes = self.smallest_within(n_bytes, beside), n_bytes - beside
         low, high, best = least.n_bytes, min(n_bytes, self.most_bytes), least
         while high - low > 1 << 12:
             middle = (low + high) // 2

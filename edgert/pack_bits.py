@@ -170,12 +170,7 @@ class _Run:
                 )
         else:
             assert goal.n_bytes is not None
-            rest, experts = self._beside(least.bits), problem.record_bytes(least)
-            if rest + experts > goal.n_bytes:
-                raise OptionError(
-                    f"--size {goal.n_bytes:,}B is too small: the bundle takes {rest + experts:,} bytes at least, "
-                    f"{experts:,} of them experts; use a larger one"
-                )
+            problem.smallest_within(goal.n_bytes, self._beside(least.bits))
 
     def _tier_for_speed(self) -> Tier | None:
         """What experts on flash have to do with, for a goal of speed. Before anything is loaded, raises as tier_for."""
@@ -207,10 +202,13 @@ class _Run:
         return Sensitivity(self._goal.quantiser, names, errors, rows, gains, self._profile.n_tokens)
 
     def _beside(self, bits: Bits) -> int:
-        """Bytes of a bundle beside its experts and its profile."""
+        """Bytes of a bundle beside its experts; at most, where its profile is to be measured."""
+        profile = self._profile
+        if self._measured() is None:
+            profile = profile.with_sensitivity(self._unmeasured().incompressible())
         m = Packing(self._file, self._progress, RequantisedSource(self._file, bits, _no_tiles)).manifest
-        # twice the text: a proof is to come
-        return m.hot_bytes + m.metadata_bytes + 2 * len(m.as_text()) + choice_bytes(m.record_bytes)
+        about = 2 * len(m.as_text()) + choice_bytes(m.record_bytes)  # twice the text: a proof is to come
+        return m.hot_bytes + m.metadata_bytes + about + profile.file_bytes()
 
     def _problem(self) -> Problem:
         found = self._measured()
@@ -247,9 +245,7 @@ class _Run:
             found = problem.within_bytes(int(goal.bits_per_weight * problem.n_weights / 8))
         else:
             assert goal.n_bytes is not None
-            self._profile.save(kept := self._bench.work / bundles.PROFILE)
-            rest = self._beside(problem.smallest().bits) + kept.stat().st_size
-            found = problem.within_records(goal.n_bytes - rest)
+            found = problem.within_records(goal.n_bytes, self._beside(problem.smallest().bits))
         self._said["optimum"] = (
             f"no choice of these formats within {found.n_bytes:,} bytes of experts is expected to lose less than "
             f"{found.bound:.4g} nats a token; this one {found.loss:.4g}"

@@ -6,6 +6,7 @@ the numbers mean, and whether they make sense, is their owner's.
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -89,6 +90,13 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], *, compress: bool = True
         (np.savez_compressed if compress else np.savez)(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
+
+
+def compressed_size(arrays: Mapping[str, Any]) -> int:
+    """Bytes of the file that write_arrays writes of them."""
+    with io.BytesIO() as file:
+        np.savez_compressed(file, **arrays)
+        return file.getbuffer().nbytes
 
 
 def check_record_bytes(sizes: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import OptionError
-from edgert.experts.array_file import write_arrays
+from edgert.experts.array_file import compressed_size, write_arrays
 from edgert.experts.profile_file import read_profile, read_settings
 from edgert.experts.trace import Trace
 from edgert.types import Floats, Ids
@@ -66,6 +66,14 @@ class Sensitivity:
         loss = self.gains[:, None, None, None] * share[..., None, None] * np.where(fits, self.errors, 0.0)
         found: Floats = np.where(fits, loss, np.inf).astype(np.float32)
         return found
+
+    def incompressible(self) -> Sensitivity:
+        """The one of this shape that takes the most bytes in a file: before it is measured, no less is sure to do."""
+        draw, end = np.random.default_rng(0), 0x7F800000  # bits of what is infinite
+        errors, gains = (
+            draw.integers(end, size=a.shape, dtype=np.uint32).view(np.float32) for a in (self.errors, self.gains)
+        )
+        return replace(self, errors=errors, gains=gains, is_measured=False)
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,10 @@ class Profile:
     def save(self, path: Path) -> None:
         """Write the profile, aside first. Raises OSError."""
         write_arrays(Path(path), _as_arrays(self))
+
+    def file_bytes(self) -> int:
+        """Bytes of the file that it is saved as."""
+        return compressed_size(_as_arrays(self))
 
     @classmethod
     def load(cls, path: Path) -> Profile:

@@ -262,9 +262,9 @@ def test_records_with_their_padding_stay_within_a_size() -> None:
     problem = Problem(sensitivity(config), config)
     least, most = (record_bytes(problem.shapes, s.bits) for s in (problem.smallest(), problem.largest()))
     for n_bytes in (least, (least + most) // 2, most):
-        assert record_bytes(problem.shapes, problem.within_records(n_bytes).bits) <= n_bytes
-    with pytest.raises(OptionError, match=f"{least:,} bytes at least"):
-        problem.within_records(least - 1)
+        assert record_bytes(problem.shapes, problem.within_records(n_bytes + 7, 7).bits) <= n_bytes
+    with pytest.raises(OptionError, match=rf"{least:,} of them experts; use --size {least + 7}B"):
+        problem.within_records(least + 6, 7)
 
 
 @pytest.mark.parametrize(("text", "value"), [("2%", 0.02), ("0.5 %", 0.005), (" 10%", 0.1)])

@@ -138,6 +138,22 @@ def test_a_bundle_of_a_size_is_not_larger(
     assert not (tmp_path / "n.edge").exists()
 
 
+def test_a_size_that_is_too_small_is_refused_before_anything_is_measured_and_the_named_one_does(
+    tmp_path: Path, model: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m.edge"
+    with pytest.raises(OptionError, match=r"use --size \d+B or more") as refused:
+        pack(model, out, profile.with_sensitivity(None), Goal(n_bytes=1000))
+    named = int(str(refused.value).split()[-3][:-1])
+    monkeypatch.setattr(pack_bits_module, "measure_sensitivity", lambda *_: pytest.fail("it is measured"))
+    with pytest.raises(OptionError, match=f"{named - 1:,}B is too small: the bundle takes {named:,} bytes"):
+        pack(model, out, profile.with_sensitivity(None), Goal(n_bytes=named - 1))
+    assert not work_of(out).exists()
+    monkeypatch.setattr(pack_bits_module, "measure_sensitivity", lambda *_: profile.sensitivity)
+    found = pack(model, out, profile.with_sensitivity(None), Goal(n_bytes=named))
+    assert named - 20_000 < found.packed.n_bytes <= named
+
+
 def test_a_bound_that_eight_bits_miss_is_refused_with_the_figures(
     tmp_path: Path, model: Path, profile: Profile
 ) -> None:
