@@ -14,19 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from edgert import chosen_bits
 from edgert.allocating import Problem, Solution
 from edgert.architectures import read_config
-from edgert.bits import PROJECTIONS, Bits, described, hot_format, kept_words, uniform
+from edgert.bits import Bits, described, hot_format, kept_words, uniform
 from edgert.divergence import Rise, rise, token_losses
 from edgert.edgemoe import low_bits, try_alone
 from edgert.errors import OptionError
 from edgert.experts.allocation import Mask
 from edgert.experts.edgemoe import choose_low
-from edgert.experts.profile import Sensitivity
-from edgert.experts.profiled_choice import choice_bytes
 from edgert.experts.speed_allocation import Tier, routes_to_replay
 from edgert.loading import context_of
 from edgert.loss_search import Search
@@ -43,23 +39,21 @@ from edgert.pack import (
 from edgert.pack_place import Place
 from edgert.pack_request import Request as Request
 from edgert.pack_request import profile_for as profile_for
+from edgert.pack_sizes import Sizes, unread
 from edgert.proof import Proof, check, prove
 from edgert.quant.formats import FORMATS
 from edgert.quantising import (
     Bench,
-    candidates,
     make_tiles,
     measure_sensitivity,
-    profile_counts,
     reader,
     weights_of,
 )
-from edgert.requantised import Bytes, RequantisedSource
+from edgert.requantised import RequantisedSource
 from edgert.storage import bundle as bundles
 from edgert.storage.tensor_file import TensorFile
 from edgert.tensor_views import skipped
 from edgert.tier import tier_for
-from edgert.types import Floats
 from edgert.weights import Progress, Weights
 from edgert.work_folder import work_of
 
@@ -119,7 +113,8 @@ class _Run:
         self.skipped = skipped(self._config)
         if kept := kept_words(self._config):
             self._said["kept"] = kept
-        self._check_size()
+        self._sizes = Sizes(file, self._config, self._goal, self._hot)
+        self._sizes.check(self._profile)
         self._tier = self._tier_for_speed()
 
     def fill(self, place: Place) -> tuple[int, int]:
@@ -148,80 +143,17 @@ class _Run:
             with bench.model(exact=True) as model, Trial(model) as trial:
                 parts = bench, weights_of(model), states, self._profile, self._store
                 self._alone = try_alone(*parts, trial, goal.quantiser).loss
-        elif goal.format is None and self._measured() is None:
+        elif goal.format is None and self._sizes.measured(self._profile) is None:
             found = measure_sensitivity(bench, self._profile, goal.quantiser)
             self._profile = self._profile.with_sensitivity(found)  # the bundle's has it, then
 
     # ---- solutions ---------------------------------------------------------------------------------------------------
-    def _check_size(self) -> None:
-        """OptionError, before anything is loaded, for a size below the least that the model can be quantised to."""
-        goal = self._goal
-        if goal.bits_per_weight is None and goal.n_bytes is None:
-            return
-        problem = self._problem_of(self._unmeasured())
-        least = problem.smallest()
-        if goal.bits_per_weight is not None:
-            bits = math.ceil(800 * least.n_bytes / problem.n_weights) / 100
-            if goal.bits_per_weight < bits:
-                at_four = f" ({len(problem.never_routed):,} of them, never routed to, at four bits)"
-                raise OptionError(
-                    f"--size {goal.bits_per_weight:g}bpw is below {bits:g}bpw, the least that this model's experts can "
-                    f"be quantised to{at_four if problem.never_routed else ''}; use --size {bits:g}bpw or more"
-                )
-        else:
-            assert goal.n_bytes is not None
-            problem.smallest_within(goal.n_bytes, self._beside(least.bits))
-
-    def _tier_for_speed(self) -> Tier | None:
-        """What experts on flash have to do with, for a goal of speed. Before anything is loaded, raises as tier_for."""
-        memory, config = self._goal.memory, self._config
-        if self._goal.objective != "speed" or memory is None:
-            return None
-        problem = self._problem_of(self._measured() or self._unmeasured())
-        smallest = RequantisedSource(self._file, problem.smallest().bits, _no_tiles)
-        weights = Weights(self._file, config, source=smallest)
-        options, place = self._request.options, self._request.out.absolute().parent
-        n_context, kv_type = context_of(options.get("context"), config), options.get("kv_type", "f16")
-        tier, self._said["flash"] = tier_for(
-            weights, memory, place, n_context, kv_type, most=problem.most_record_bytes()
-        )
-        self._progress(f"flash of {self._said['flash']}", 0.0)
-        return tier
-
-    def _measured(self) -> Sensitivity | None:
-        """What the profile knows of losses with the goal's quantiser."""
-        found = self._profile.sensitivity
-        return found if found is not None and found.quantiser == self._goal.quantiser else None
-
-    def _unmeasured(self) -> Sensitivity:
-        """What is known of sizes before anything is known of losses."""
-        names = candidates(Weights(self._file, self._config))
-        rows = profile_counts(self._profile).astype(np.int32)
-        errors: Floats = np.zeros((*rows.shape, len(PROJECTIONS), len(names)), np.float32)
-        gains: Floats = np.zeros(len(rows), np.float32)
-        return Sensitivity(self._goal.quantiser, names, errors, rows, gains, self._profile.n_tokens)
-
-    def _beside(self, bits: Bits) -> int:
-        """Bytes of a bundle beside its experts; at most, where its profile is to be measured."""
-        profile = self._profile
-        if self._measured() is None:
-            profile = profile.with_sensitivity(self._unmeasured().incompressible())
-        m = Packing(self._file, self._progress, RequantisedSource(self._file, bits, _no_tiles)).manifest
-        about = 2 * len(m.as_text()) + choice_bytes(m.record_bytes)  # twice the text: a proof is to come
-        return m.hot_bytes + m.metadata_bytes + about + profile.file_bytes()
-
     def _problem(self) -> Problem:
-        found = self._measured()
+        found = self._sizes.measured(self._profile)
         assert found is not None, "it was measured first"
         if not found.is_measured:
             self._said["assumed"] = "layers are alike in what errors cost, as not all experts were in RAM"
-        return self._problem_of(found)
-
-    def _problem_of(self, sensitivity: Sensitivity) -> Problem:
-        """The problem with what is known of losses."""
-        weights = Weights(self._file, self._config)
-        format, *_ = weights.sizes_of(f"blk.{self._config.expert_layers[0]}.ffn_down_exps.weight")
-        return Problem(sensitivity, self._config, self._hot, format)
+        return self._sizes.problem(self._profile)
 
     def _uniform(self) -> Bits:
         """The one format for all."""
@@ -245,7 +177,7 @@ class _Run:
             found = problem.within_bytes(int(goal.bits_per_weight * problem.n_weights / 8))
         else:
             assert goal.n_bytes is not None
-            found = problem.within_records(goal.n_bytes, self._beside(problem.smallest().bits))
+            found = problem.within_records(goal.n_bytes, self._sizes.beside(self._profile, problem.smallest().bits))
         self._said["optimum"] = (
             f"no choice of these formats within {found.n_bytes:,} bytes of experts is expected to lose less than "
             f"{found.bound:.4g} nats a token; this one {found.loss:.4g}"
@@ -350,6 +282,20 @@ class _Run:
         if unused := chosen_bits.never_routed(self._profile):
             self._said |= {"never_routed": unused, "unknown": what}
 
+    def _tier_for_speed(self) -> Tier | None:
+        """What experts on flash have to do with, for a goal of speed. Before anything is loaded, raises as tier_for."""
+        memory, config = self._goal.memory, self._config
+        if self._goal.objective != "speed" or memory is None:
+            return None
+        problem = self._sizes.problem(self._profile)
+        weights = Weights(self._file, config, source=unread(self._file, problem.smallest().bits))
+        options, place = self._request.options, self._request.out.absolute().parent
+        n_context, kv_type = context_of(options.get("context"), config), options.get("kv_type", "f16")
+        most = problem.most_record_bytes()
+        tier, self._said["flash"] = tier_for(weights, memory, place, n_context, kv_type, most=most)
+        self._progress(f"flash of {self._said['flash']}", 0.0)
+        return tier
+
     def _fastest(self, problem: Problem) -> Callable[[float], Solution]:
         """What solves for speed on this machine's flash, in the memory of the goal."""
         tier = self._tier
@@ -404,7 +350,3 @@ class _Run:
         write_durably(place.path / bundles.MANIFEST, self._manifest.as_text().encode())
         place.publish()
         self._bench.remove()
-
-
-def _no_tiles(place: tuple[int, int, int], first: int, n_bytes: int) -> Bytes:
-    raise AssertionError(f"sizes are asked for, and so no tiles: {place}, {first}, {n_bytes}")

@@ -119,6 +119,7 @@ def _domains(parts: Sequence[Part], weights: Mapping[str, float]) -> tuple[tuple
 
 def _sensitivity(parts: Sequence[Part], weights: Mapping[str, float]) -> Sensitivity | None:
     """What quantising costs on the mixture: losses are weighted means, and so are gains and shares of the tokens."""
+    # Losses are without end where a format does not fit, and no weight times that is no number.
     each = [(weights[part.name], part.profile.sensitivity) for part in parts if weights[part.name]]
     known = [(weight, one) for weight, one in each if one is not None]
     if len(known) < len(each) or len({(one.quantiser, one.formats) for _, one in known}) > 1:
@@ -126,8 +127,7 @@ def _sensitivity(parts: Sequence[Part], weights: Mapping[str, float]) -> Sensiti
     n_tokens = sum(one.n_tokens for _, one in known)
     gains = np.asarray(sum(weight * one.gains.astype(np.float64) for weight, one in known))
     share = np.asarray(sum(weight * one.rows / max(one.n_tokens, 1) for weight, one in known))
-    losses = [weight * one.loss().astype(np.float64) for weight, one in known if weight]  # some are without end
-    loss = np.asarray(sum(losses))
+    loss = np.asarray(sum(weight * one.loss().astype(np.float64) for weight, one in known))
     rows = np.rint(share * n_tokens)
     unit = gains[:, None] * rows / n_tokens
     return Sensitivity(
