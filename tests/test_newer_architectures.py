@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from edgert.devices.reference import ReferenceDevice
 from edgert.devices.selection import beyond_attention, beyond_experts, parse
 from edgert.devices.work_space import work_bytes
 from edgert.errors import EdgertError, ModelFileError, OptionError, UnsupportedError
-from edgert.expert_jobs import jobs_of
 from edgert.plan_model import open_plan_model
 from edgert.preset_keys import KEY_PRESETS
 from edgert.presets import PRESETS
@@ -309,36 +308,6 @@ def test_gating_of_families_that_have_one(architecture: str) -> None:
     for number in (2, 3):
         with pytest.raises(UnsupportedError, match=rf"{key} is {number}; supported are 1 \(softmax\)$"):
             read_config(keys | {key: number}, "m")
-
-
-class Rows:
-    """States of an expert, see edgert.states."""
-
-    def of(self, layer: int, expert: int) -> tuple[Any, Any]:
-        return np.full((3, 64), 2.0, np.float32), np.array([0.5, 0.25, 1.0], np.float32)
-
-
-@pytest.mark.parametrize(("name", "scaled"), [("llama4-f32", True), ("dots1-f32", False)])
-def test_quantisers_see_what_an_expert_takes(name: str, scaled: bool) -> None:
-    """Where a router's weights multiply the inputs, they do not multiply the output too."""
-    with GgufFile.open(golden_path(name)) as file:
-        weights = Weights(file, read_config(file.metadata, "m"))
-        job = next(jobs_of(weights, cast(Any, Rows()), iter([(1, 0, ("int8",))]), "gptq"))
-    shares = [0.5, 0.25, 1.0]
-    assert job.rows[:, 0].tolist() == [2 * share if scaled else 2.0 for share in shares]
-    assert job.importance.tolist() == ([1.0] * 3 if scaled else shares)
-
-
-def test_quantisers_know_the_biases_of_experts() -> None:
-    path = golden_path("gpt-oss-f32")
-    with GgufFile.open(path) as file:
-        weights = Weights(file, read_config(file.metadata, "m"))
-        jobs = list(jobs_of(weights, cast(Any, Rows()), iter([(1, e, ("int8",)) for e in (0, 2)]), "gptq"))
-        stored = [file.read(f"blk.1.ffn_{part}_exps.bias").view(np.float32) for part in ("gate", "up")]
-    for job, e in zip(jobs, (0, 2), strict=True):
-        assert job.activation == "swiglu-oss" and job.biases is not None
-        for found, bias in zip(job.biases, stored, strict=True):
-            assert np.array_equal(found, bias.reshape(-1, len(found))[e])
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
