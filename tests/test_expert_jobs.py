@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from models import golden_path
+from profiling_runs import CHUNK, run, silent, write_text
 
 from edgert.architectures import read_config
 from edgert.expert_jobs import jobs_of
+from edgert.model import load
+from edgert.quantising import profile_counts, trial_chunks, weights_of
+from edgert.states import States, collect_states
 from edgert.storage.gguf_file import GgufFile
 from edgert.weights import Weights
 
@@ -23,7 +29,7 @@ class Rows:
 
 @pytest.mark.parametrize(("name", "scaled"), [("llama4-f32", True), ("dots1-f32", False)])
 def test_quantisers_see_what_an_expert_takes(name: str, scaled: bool) -> None:
-    """Where a router's weights multiply the inputs, they do not multiply the output too; a domain's share always counts."""
+    """Where a router's weights multiply the inputs, they do not multiply the output too; a domain's share does."""
     with GgufFile.open(golden_path(name)) as file:
         weights = Weights(file, read_config(file.metadata, "m"))
         job = next(jobs_of(weights, cast(Any, Rows()), iter([(1, 0, ("int8",))]), "gptq"))
@@ -42,3 +48,32 @@ def test_quantisers_know_the_biases_of_experts() -> None:
         assert job.activation == "swiglu-oss" and job.biases is not None
         for found, bias in zip(job.biases, stored, strict=True):
             assert np.array_equal(found, bias.reshape(-1, len(found))[e])
+
+
+def test_what_experts_were_given_counts_by_the_shares_of_its_domains(tmp_path: Path) -> None:
+    model = golden_path("qwen3moe-q4_0")
+    texts = [write_text(tmp_path / "one.txt"), write_text(tmp_path / "two.txt", seed=1)]
+    profile, path = run(model, tmp_path / "p.npz", texts).profile, tmp_path / "s.bin"
+    first, second = (domain.name for domain in profile.domains)
+    busiest = int(profile.frequency()[1].argmax())
+    with load(model, context=CHUNK, threads=1) as opened:
+        states = collect_states(opened, profile, None, path, silent)
+        uneven, alone = (
+            States(replace(profile, shares=shares), states.layers, path)
+            for shares in ({first: 0.25, second: 0.75}, {first: 1.0, second: 0.0})
+        )
+        wanted = [(1, busiest, ("int2",))]
+        (plain,), (counted,) = (jobs_of(weights_of(opened), one, iter(wanted), "rtn") for one in (states, uneven))
+    tokens, _ = states.tokens(1, busiest)
+    of_first = tokens < len(profile.domains[0].tokens)
+    assert 0 < of_first.sum() < len(tokens)
+    np.testing.assert_allclose(uneven.of(1, busiest)[2], np.where(of_first, 0.5, 1.5), rtol=1e-6)
+    assert np.array_equal(alone.tokens(1, busiest)[0], tokens[of_first])
+    np.testing.assert_allclose(counted.importance**2, plain.importance**2 * uneven.of(1, busiest)[2], rtol=1e-5)
+    routed = profile_counts(replace(profile, shares=alone.profile.shares))
+    assert routed[1, busiest] == of_first.sum()
+    for n_chunks, shares in ((4, (1, 3)), (2, (1, 1)), (1, (1, 1))):
+        chunks = trial_chunks(uneven.profile, n_chunks)
+        own = [domain.tokens.reshape(-1, CHUNK).tolist() for domain in profile.domains]
+        assert tuple(sum(chunk in part for chunk in chunks) for part in own) == shares
+    assert len(trial_chunks(alone.profile, 3)) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +13,8 @@ from models import golden_path
 from profiling_runs import CHUNK, run, save_every_chunk, silent, write_text
 
 from edgert.errors import EdgertError, OptionError, StorageError
-from edgert.expert_jobs import jobs_of
 from edgert.model import load
-from edgert.quantising import Bench, profile_counts, trial_chunks, weights_of
+from edgert.quantising import Bench
 from edgert.states import States, collect_states
 
 
@@ -53,35 +51,6 @@ def test_states_are_what_each_expert_was_given(model: Path, texts: list[Path], t
     assert total == profile.n_tokens * profile.top_k
     with pytest.raises(OptionError, match="layer 0 was not collected"):
         one.of(0, 0)
-
-
-def test_what_experts_were_given_counts_by_the_shares_of_its_domains(
-    model: Path, texts: list[Path], tmp_path: Path
-) -> None:
-    profile, path = run(model, tmp_path / "p.npz", texts).profile, tmp_path / "s.bin"
-    first, second = (domain.name for domain in profile.domains)
-    busiest = int(profile.frequency()[1].argmax())
-    with load(model, context=CHUNK, threads=1) as opened:
-        states = collect_states(opened, profile, None, path, silent)
-        uneven, alone = (
-            States(replace(profile, shares=shares), states.layers, path)
-            for shares in ({first: 0.25, second: 0.75}, {first: 1.0, second: 0.0})
-        )
-        wanted = [(1, busiest, ("int2",))]
-        (plain,), (counted,) = (jobs_of(weights_of(opened), one, iter(wanted), "rtn") for one in (states, uneven))
-    tokens, _ = states.tokens(1, busiest)
-    of_first = tokens < len(profile.domains[0].tokens)
-    assert 0 < of_first.sum() < len(tokens)
-    np.testing.assert_allclose(uneven.of(1, busiest)[2], np.where(of_first, 0.5, 1.5), rtol=1e-6)
-    assert np.array_equal(alone.tokens(1, busiest)[0], tokens[of_first])
-    np.testing.assert_allclose(counted.importance**2, plain.importance**2 * uneven.of(1, busiest)[2], rtol=1e-5)
-    routed = profile_counts(replace(profile, shares=alone.profile.shares))
-    assert routed[1, busiest] == of_first.sum()
-    for n_chunks, shares in ((4, (1, 3)), (2, (1, 1)), (1, (1, 1))):
-        chunks = trial_chunks(uneven.profile, n_chunks)
-        own = [domain.tokens.reshape(-1, CHUNK).tolist() for domain in profile.domains]
-        assert tuple(sum(chunk in part for chunk in chunks) for part in own) == shares
-    assert len(trial_chunks(alone.profile, 3)) == 3
 
 
 def test_states_of_another_model_or_without_room_are_refused(
