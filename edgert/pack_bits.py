@@ -178,9 +178,11 @@ class _Run:
         else:
             assert goal.n_bytes is not None
             found = problem.within_records(goal.n_bytes, self._sizes.beside(self._profile, problem.smallest().bits))
-        self._said["optimum"] = (
-            f"no choice of these formats within {found.n_bytes:,} bytes of experts is expected to lose less than "
-            f"{found.bound:.4g} nats a token; this one {found.loss:.4g}"
+        least, loss = f"{found.bound:.4g}", f"{found.loss:.4g}"
+        self._said["optimum"] = f"expected to lose {loss} nats a token, " + (
+            f"the least that these formats can in {found.n_bytes:,} bytes of experts"
+            if least == loss
+            else f"and no choice of these formats in {found.n_bytes:,} bytes of experts less than {least}"
         )
         self._unknown("so kept at four bits")
         return found.bits
