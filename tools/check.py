@@ -7,6 +7,7 @@ python tools/check.py --write-map   put the present map into README
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import subprocess
@@ -77,7 +78,11 @@ def write_map() -> None:
 
 def main() -> int:
     """Run all checks; the number of those that failed."""
-    if "--write-map" in sys.argv:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write-map", action="store_true", help="put the present map into README, and no more")
+    parser.add_argument("--no-tests", action="store_true", help="all checks but the tests")
+    args = parser.parse_args()
+    if args.write_map:
         write_map()
         return 0
     python = sys.executable
@@ -86,7 +91,7 @@ def main() -> int:
         "lint": [python, "-m", "ruff", "check", "."],
         "types": [python, "tools/typecheck.py", python, "-m", "mypy", "-p", "edgert"],
     }
-    if "--no-tests" not in sys.argv:
+    if not args.no_tests:
         commands["tests"] = [python, "-m", "pytest", "-q"]
     failed = 0
     for name, command in commands.items():
