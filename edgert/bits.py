@@ -65,6 +65,14 @@ class Bits:
             return found
         return self.hot
 
+    def table_type(self, kind: Type, n_in: int) -> Type:
+        """The ggml type of an embedding table whose source is of another: Q8_0 where hot weights get fewer bits.
+
+        It lies on flash, a row at a time, so that fewer than 8 bits would save nothing that matters.
+        """
+        is_wide = self.hot is not None and bits_per_weight(kind) > bits_per_weight(Type.Q8_0)
+        return Type.Q8_0 if is_wide and n_in % GROUP == 0 else kind
+
     def digest(self) -> str:
         """A digest of all that is chosen."""
         names = [format.name for format in self.formats]

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 
@@ -67,7 +68,7 @@ class Layout:
             tensors[hot.name] = HotTensor(hot.name, hot.shape, format, end, n_bytes)
             end = round_up(end + n_bytes, PAGE)
         embedding = file.tensors[EMBEDDING]
-        shape, kind = (embedding.shape[0], embedding.shape[1]), embedding.type
+        shape, kind = (embedding.shape[0], embedding.shape[1]), weights.table_type()
         table = RowTable(EMBEDDING, shape, kind, end, manifests.table_stride(kind, shape[1]))
         self._kinds: list[Parts] = []
         self.manifest = Manifest(
@@ -130,11 +131,16 @@ class Layout:
         m.record_checksum[m.record_kind >= 0] = checksums[n_hot + 1 :]
 
     def _table_steps(self) -> Iterator[Step]:
-        """The rows of the embedding table as they are, each with its checksum behind it."""
-        table = self.manifest.table
+        """The rows of the embedding table, each with its checksum behind it."""
+        table, stored = self.manifest.table, self._file.tensors[EMBEDDING].type
 
         def put(raw: Bytes, out: Bytes) -> None:
             rows = out.reshape(len(raw), table.stride)
+            if table.type is not stored:
+                numbers = ggml.to_float(raw.reshape(-1), stored, (len(raw), table.shape[1]))
+                if not np.isfinite(numbers).all():
+                    raise packing.not_finite(f"{self._file.path}: the tensor {table.name}")
+                raw = gguf.quants.quantize(numbers, table.type)
             rows[:, : table.row_bytes] = raw
             rows[:, table.row_bytes :] = 0
             rows[:, -8:] = checksum_rows(rows).view(np.uint8).reshape(-1, 8)

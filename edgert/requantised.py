@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType as Type
 
 from edgert.architectures import read_config
 from edgert.bits import PROJECTIONS, Bits
@@ -90,6 +91,10 @@ class RequantisedSource(FileSource):
         if len(shape) != 2 or is_kept(name):
             return super()._format(name)
         return self._bits.hot_format(self.kind(name), shape[-1])
+
+    def table_type(self) -> Type:
+        """See WeightSource."""
+        return self._bits.table_type(super().table_type(), self.shapes["token_embd.weight"][-1])
 
     def sizes_of(self, name: str) -> dict[Format, int]:
         """See WeightSource."""

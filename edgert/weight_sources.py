@@ -59,6 +59,9 @@ class WeightSource(Protocol):
     def embedding(self, tokens: list[int]) -> Floats:
         """Rows (n_tokens, d_model) of token_embd.weight."""
 
+    def table_type(self) -> Type:
+        """The ggml type of the rows of token_embd.weight that a bundle has."""
+
     def sizes_of(self, name: str) -> Mapping[Format, int]:
         """Bytes that a tensor takes in RAM once packed, by format: experts may be of several."""
 
@@ -150,6 +153,10 @@ class FileSource:
         info = self._file.tensors["token_embd.weight"]
         rows = np.concatenate([self._file.read_rows(info.name, token, 1) for token in tokens])
         return ggml.to_float(rows.reshape(-1), info.type, (len(tokens), info.shape[-1]))
+
+    def table_type(self) -> Type:
+        """See WeightSource."""
+        return self._file.tensors["token_embd.weight"].type
 
     def _format(self, name: str) -> Format:
         """The format that a tensor's matrices are packed to."""
@@ -289,6 +296,10 @@ class BundleSource:
         while len(kept) > KEPT_ROWS:
             del kept[next(iter(kept))]
         return ggml.to_float(rows, table.type, (len(tokens), table.shape[1]))
+
+    def table_type(self) -> Type:
+        """See WeightSource."""
+        return self._bundle.table.type
 
     def sizes_of(self, name: str) -> dict[Format, int]:
         """See WeightSource."""

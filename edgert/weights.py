@@ -316,6 +316,10 @@ class Weights:
             embeddings = embeddings * np.float32(self.config.embedding_scale)
         return embeddings
 
+    def table_type(self) -> Type:
+        """The ggml type of the rows of the embedding table that a bundle has."""
+        return self._source.table_type()
+
     def bytes_of(self, name: str) -> int:
         """Bytes that a tensor takes in RAM once packed."""
         return sum(self.sizes_of(name).values())

@@ -97,7 +97,7 @@ class Bundle:
         self._check(checksum(out), tensor.checksum, self.hot_path, f"tensor {name}", tensor.offset)
 
     def read_table_rows(self, rows: Sequence[int]) -> Bytes:
-        """Rows of the embedding table as the source has them: uint8 (n, row_bytes). ModelFileError: damaged ones."""
+        """Rows of the embedding table in its ggml type: uint8 (n, row_bytes). ModelFileError: damaged ones."""
         jobs = [partial(self._read_table_row, row) for row in rows]
         read = read_ahead(jobs, n_threads=4, n_ahead=64) if len(jobs) > 4 else (job() for job in jobs)
         return np.stack(list(read))

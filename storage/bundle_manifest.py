@@ -50,7 +50,7 @@ class HotTensor:
 
 @dataclass(frozen=True)
 class RowTable:
-    """The embedding table (n_rows, n_columns) at the end of hot.bin, row by row, as the source has it.
+    """The embedding table (n_rows, n_columns) at the end of hot.bin, row by row, in a ggml type.
 
     A row takes `stride` bytes: its own, zeros, and in the last 8 the checksum of all before.
     """
@@ -69,7 +69,7 @@ class RowTable:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row as the source has it."""
+        """Bytes of a row by itself."""
         return row_bytes(self.type, self.shape[1])
 
 

@@ -109,6 +109,11 @@ def test_a_bundle_holds_what_was_made_for_each_expert(name: str, hot: str | None
         source_query = theirs.layer(0).mixer.query.matrix.whole().to_float()
         step = np.abs(source_query).max() / (2 ** ((FORMATS[hot].bits if hot else 24) - 1) - 1)
         assert np.abs(query.whole().to_float() - source_query).max() <= step
+        rows, source_rows = ours.embed([5, 0, 5]), theirs.embed([5, 0, 5])
+        assert bundle.table.type.name == ("Q8_0" if hot else "F32")
+        assert np.array_equal(rows[0], rows[2]) and np.array_equal(rows, source_rows) is (hot is None)
+        rounding = 0.5 / 127 + 2.0**-11 if hot else 0.0  # half a step, and scales in half floats
+        assert np.abs(rows - source_rows).max() <= rounding * np.abs(source_rows).max()
         router = ours.layer(0).router
         assert router is not None and router.matrix.format.name == "f32"  # decides much, and is small
         assert {format.name for format in ours.formats()} >= {FORMATS[n].name for n in NAMES}
@@ -324,6 +329,8 @@ def test_hot_weights_never_grow_and_never_fall_below_four_bits() -> None:
     assert bits.hot_format(Type.F16, 64).name == "int8" == bits.hot_format(Type.F32, 64).name
     assert bits.hot_format(Type.Q8_0, 64).name == "int8" and bits.hot_format(Type.Q4_1, 64).name == "int4-min"
     assert bits.hot_format(Type.F16, 72).name == "f16"  # rows that do not fill a group
+    assert bits.table_type(Type.F16, 64) is Type.Q8_0 is bits.table_type(Type.Q8_0, 64)
+    assert bits.table_type(Type.Q6_K, 256) is Type.Q6_K and bits.table_type(Type.BF16, 72) is Type.BF16
     with pytest.raises(OptionError, match="3 bits"):
         hot_format(3)
 
