@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from edgert.allocating import Problem, record_bytes
 from edgert.architectures import read_config
 from edgert.bits import Bits, described, expert_shapes, fitting, hot_format
-from edgert.errors import OptionError
+from edgert.errors import ModelFileError, OptionError
 from edgert.experts.allocation import allocate
 from edgert.experts.profile import Sensitivity
 from edgert.experts.speed_allocation import Tier
@@ -120,6 +122,18 @@ def test_a_bundle_holds_what_was_made_for_each_expert(name: str, hot: str | None
         sizes = [ours.sizes_of(f"blk.0.ffn_{part}_exps.weight") for part in ("gate", "up", "down")]
         on_file = sum(sum(size.values()) for size in sizes)
         assert on_file <= bundle.record_bytes[0].sum() < on_file + 4096 * bundle.record_bytes.shape[1]
+
+
+def test_an_embedding_table_that_is_not_finite_is_not_rounded(tmp_path: Path) -> None:
+    path, config = config_of("qwen3moe-f32")
+    broken = tmp_path / "broken.gguf"
+    shutil.copyfile(path, broken)
+    (table,) = (t for t in gguf.GGUFReader(broken, "r+").tensors if t.name == "token_embd.weight")
+    table.data[7, 3] = np.inf
+    table.data.flush()
+    bits = random_bits(config, 3, FORMATS["int8"])
+    with pytest.raises(ModelFileError, match=r"token_embd\.weight holds a weight that is infinite"):
+        packed(broken, tmp_path / "m.edge", bits, made_tiles(path, config, bits))
 
 
 def ours_and_theirs(ours: Weights, theirs: Weights, layer: int, expert: int) -> Any:
