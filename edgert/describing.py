@@ -42,15 +42,15 @@ def describe(
     types: Counter[str] = Counter()
     for _, kind, n_bytes in _tensors(weights):
         types[kind] += n_bytes
-    parameters = sum(math.prod(shape) for shape in weights.shapes.values())
+    stored = sum(math.prod(shape) for shape in weights.shapes.values())
     cold = sum(n_bytes for name, _, n_bytes in _tensors(weights) if weights.is_cold(name))
     total = sum(types.values())
     return {
         **_source(model),
         "name": model.name,
         "architecture": config.architecture,
-        "parameters": parameters,
-        "bpw": 8 * total / parameters,
+        "parameters": weights.n_parameters,
+        "bpw": 8 * total / stored,
         "bytes": {"total": model.whole_bytes or file.n_bytes, "hot": total - cold, "cold": cold},
         "tensor_types": dict(types.most_common()),
         "layers": config.n_layers,

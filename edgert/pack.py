@@ -116,13 +116,14 @@ def pack_model(source: Path, out: Path | None = None, *, progress: Progress, pro
         return Packed(out, bundles.size(out), written, resumed, seconds, packing.inexact, packing.skipped)
 
 
-def check_profile(profile: Profile, file: TensorFile, source: Path) -> None:
-    """OptionError for a profile of another model."""
+def check_profile(profile: Profile, file: TensorFile, source: Path, found: Path | None = None) -> None:
+    """OptionError for a profile of another model; found: where one lay that nobody gave."""
     if profile.digest != model_digest(file):
-        raise OptionError(
-            f"the profile is of another model than {source} (it knows "
-            f"{profile.model.partition(' ModelConfig')[0]}): make one of this model with `edgert profile`"
-        )
+        which, remedy = "the profile", "make one of this model with `edgert profile`"
+        if found is not None:
+            which, remedy = f"{found}, taken as no profile was given,", "remove it, or give --profile FILE"
+        known = profile.model.partition(" ModelConfig")[0]
+        raise OptionError(f"{which} is of another model than {source} (it knows {known}): {remedy}")
 
 
 def add_profile(place: Place, profile: Profile, manifest: Manifest, progress: Progress) -> None:
@@ -217,10 +218,16 @@ def _why_anew(out: Path, source: Path, file: TensorFile, asked: Mapping[str, Any
 
 
 class Packing:
-    """One run of packing, in a folder that is locked. source: the weights to pack, by default the file's own."""
+    """One run of packing, in a folder that is locked.
 
-    def __init__(self, file: TensorFile, progress: Progress, source: WeightSource | None = None) -> None:
-        self._file = file
+    source: the weights to pack, by default the file's own. made: a digest of what the source's weights were made from
+    and how; work under another one is begun anew, for its weights may be others in the same formats.
+    """
+
+    def __init__(
+        self, file: TensorFile, progress: Progress, source: WeightSource | None = None, made: str = ""
+    ) -> None:
+        self._file, self._made = file, made
         config = read_config(file.metadata, str(file.path))
         self._layout = Layout(file, Weights(file, config, source=source))
         self.manifest = m = self._layout.manifest
@@ -270,6 +277,7 @@ class Packing:
         header = {
             "version": VERSION,
             "layout": m.content(),
+            "made": self._made,
             "source": m.source,
             "files": [[file.name, file.n_bytes, file.mtime_ns] for file in m.files],
         }

@@ -7,6 +7,7 @@ that goes on after a kill, quantises only what is new.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,6 @@ from edgert.errors import OptionError
 from edgert.experts.allocation import Mask
 from edgert.experts.edgemoe import choose_low
 from edgert.experts.speed_allocation import Tier, routes_to_replay
-from edgert.loading import context_of
 from edgert.loss_search import Search
 from edgert.pack import (
     Packed,
@@ -39,7 +39,7 @@ from edgert.pack import (
 from edgert.pack_place import Place
 from edgert.pack_request import Request as Request
 from edgert.pack_request import profile_for as profile_for
-from edgert.pack_sizes import Sizes, unread
+from edgert.pack_sizes import Sizes
 from edgert.proof import Proof, check, prove
 from edgert.quant.formats import FORMATS
 from edgert.quantising import (
@@ -53,8 +53,7 @@ from edgert.requantised import RequantisedSource
 from edgert.storage import bundle as bundles
 from edgert.storage.tensor_file import TensorFile
 from edgert.tensor_views import skipped
-from edgert.tier import tier_for
-from edgert.weights import Progress, Weights
+from edgert.weights import Progress
 from edgert.work_folder import work_of
 
 _PROOFS = 3  # of ever smaller expected losses, where other text missed a bound that was kept where bits were chosen
@@ -115,7 +114,10 @@ class _Run:
             self._said["kept"] = kept
         self._sizes = Sizes(file, self._config, self._goal, self._hot)
         self._sizes.check(self._profile)
-        self._tier = self._tier_for_speed()
+        self._tier: Tier | None = None
+        if found := self._sizes.tier(self._profile, request.out.absolute().parent, request.options):
+            self._tier, self._said["flash"] = found
+            progress(f"flash of {self._said['flash']}", 0.0)
 
     def fill(self, place: Place) -> tuple[int, int]:
         """Fill and publish the place of the bundle."""
@@ -284,20 +286,6 @@ class _Run:
         if unused := chosen_bits.never_routed(self._profile):
             self._said |= {"never_routed": unused, "unknown": what}
 
-    def _tier_for_speed(self) -> Tier | None:
-        """What experts on flash have to do with, for a goal of speed. Before anything is loaded, raises as tier_for."""
-        memory, config = self._goal.memory, self._config
-        if self._goal.objective != "speed" or memory is None:
-            return None
-        problem = self._sizes.problem(self._profile)
-        weights = Weights(self._file, config, source=unread(self._file, problem.smallest().bits))
-        options, place = self._request.options, self._request.out.absolute().parent
-        n_context, kv_type = context_of(options.get("context"), config), options.get("kv_type", "f16")
-        most = problem.most_record_bytes()
-        tier, self._said["flash"] = tier_for(weights, memory, place, n_context, kv_type, most=most)
-        self._progress(f"flash of {self._said['flash']}", 0.0)
-        return tier
-
     def _fastest(self, problem: Problem) -> Callable[[float], Solution]:
         """What solves for speed on this machine's flash, in the memory of the goal."""
         tier = self._tier
@@ -315,7 +303,8 @@ class _Run:
             return
         self._packed = ""
         make_tiles(self._bench, self._weights, self._states, bits, self._store)
-        packing = Packing(self._file, self._progress, self._source(bits))
+        made = hashlib.sha256(f"{self._store.header} {bits.digest()}".encode()).hexdigest()
+        packing = Packing(self._file, self._progress, self._source(bits), made)
         self._bits = {"asked": self._request.asked(), **described(bits, self._weights.config)}
         packing.manifest.bits = self._bits
         self._written = packing.fill(place)

@@ -25,7 +25,7 @@ from edgert.storage import bundle_manifest as manifests
 from edgert.storage.bundle_manifest import PAGE, HotTensor, Manifest, Parts, RowTable, SourceFile, round_up
 from edgert.storage.bundle_metadata import as_gguf
 from edgert.storage.tensor_file import TensorFile
-from edgert.tensor_table import EMBEDDING
+from edgert.tensor_table import EMBEDDING, HEAD
 from edgert.weights import Weights
 
 Bytes = npt.NDArray[np.uint8]
@@ -81,7 +81,7 @@ class Layout:
             tensors=tensors,
             table=table,
             kinds=self._kinds,
-            model={"digest": model_digest(file)},
+            model={"digest": model_digest(file), "tied": HEAD not in file.tensors},
             **self._records(),
         )
 

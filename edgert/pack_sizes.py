@@ -6,6 +6,9 @@ Losses are in it where the profile knows them; nothing here measures or loads an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,12 +17,15 @@ from edgert.bits import PROJECTIONS, Bits
 from edgert.errors import OptionError
 from edgert.experts.profile import Profile, Sensitivity
 from edgert.experts.profiled_choice import choice_bytes
+from edgert.experts.speed_allocation import Tier
 from edgert.goal import Goal
+from edgert.loading import context_of
 from edgert.pack import Packing
 from edgert.quant.formats import Format
 from edgert.quantising import candidates, profile_counts
 from edgert.requantised import Bytes, RequantisedSource
 from edgert.storage.tensor_file import TensorFile
+from edgert.tier import tier_for
 from edgert.types import Floats, ModelConfig
 from edgert.weights import Weights, silent
 
@@ -35,15 +41,29 @@ class Sizes:
         found = profile.sensitivity
         return found if found is not None and found.quantiser == self._goal.quantiser else None
 
-    def problem(self, profile: Profile) -> Problem:
+    def problem(self, profile: Profile | None) -> Problem:
         """The problem with what a profile knows of losses; where that is nothing, only its sizes mean anything."""
         format, *_ = Weights(self._file, self._config).sizes_of(
             f"blk.{self._config.expert_layers[0]}.ffn_down_exps.weight"
         )
-        return Problem(self.measured(profile) or self._unmeasured(profile), self._config, self._hot, format)
+        known = None if profile is None else self.measured(profile)
+        return Problem(known or self._unmeasured(profile), self._config, self._hot, format)
 
-    def check(self, profile: Profile) -> None:
-        """OptionError for a size below the least that the model can be quantised to."""
+    def tier(self, profile: Profile | None, place: Path, options: Mapping[str, Any]) -> tuple[Tier, str] | None:
+        """What experts on flash at `place` have to do with, for a goal of speed, and in words; raises as tier_for.
+
+        options: keywords of edgert.load. None for another goal.
+        """
+        memory, config = self._goal.memory, self._config
+        if self._goal.objective != "speed" or memory is None:
+            return None
+        problem = self.problem(profile)
+        weights = Weights(self._file, config, source=unread(self._file, problem.smallest().bits))
+        n_context, kv_type = context_of(options.get("context"), config), options.get("kv_type", "f16")
+        return tier_for(weights, memory, place, n_context, kv_type, most=problem.most_record_bytes())
+
+    def check(self, profile: Profile | None) -> None:
+        """OptionError for a size below the least that the model can be quantised to; without a profile, a lower one."""
         goal = self._goal
         if goal.bits_per_weight is None and goal.n_bytes is None:
             return
@@ -60,21 +80,25 @@ class Sizes:
                 f"be quantised to{at_four if problem.never_routed else ''}; use --size {bits:g}bpw or more"
             )
 
-    def beside(self, profile: Profile, bits: Bits) -> int:
-        """Bytes of a bundle beside its experts; at most, where its profile is to be measured."""
-        if self.measured(profile) is None:
+    def beside(self, profile: Profile | None, bits: Bits) -> int:
+        """Bytes of a bundle beside its experts, its profile too; at most, where that is to be measured."""
+        if profile is not None and self.measured(profile) is None:
             profile = profile.with_sensitivity(self._unmeasured(profile).incompressible())
         m = Packing(self._file, silent, unread(self._file, bits)).manifest
         about = 2 * len(m.as_text()) + choice_bytes(m.record_bytes)  # twice the text: a proof is to come
-        return m.hot_bytes + m.metadata_bytes + about + profile.file_bytes()
+        return m.hot_bytes + m.metadata_bytes + about + (0 if profile is None else profile.file_bytes())
 
-    def _unmeasured(self, profile: Profile) -> Sensitivity:
-        """What is known of sizes before anything is known of losses."""
-        names = candidates(Weights(self._file, self._config))
-        rows = profile_counts(profile).astype(np.int32)
+    def _unmeasured(self, profile: Profile | None) -> Sensitivity:
+        """What is known of sizes before anything is known of losses; without a profile, as if all experts were used."""
+        names, config = candidates(Weights(self._file, self._config)), self._config
+        assert config.router is not None
+        rows = np.zeros((config.n_layers, config.router.n_expert), np.int32)
+        rows[list(config.expert_layers)] = 1
+        if profile is not None:
+            rows = profile_counts(profile).astype(np.int32)
         errors: Floats = np.zeros((*rows.shape, len(PROJECTIONS), len(names)), np.float32)
         gains: Floats = np.zeros(len(rows), np.float32)
-        return Sensitivity(self._goal.quantiser, names, errors, rows, gains, profile.n_tokens)
+        return Sensitivity(self._goal.quantiser, names, errors, rows, gains, 1 if profile is None else profile.n_tokens)
 
 
 def unread(file: TensorFile, bits: Bits) -> RequantisedSource:

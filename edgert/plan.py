@@ -253,13 +253,12 @@ class Planner:
 
     def wanted(self, tpot_s: float, flash: Flash) -> Wanted:
         """The smallest memory whose usual token takes at most tpot_s."""
-        reach, needs = self.reaches.usual, self.needs
-        arithmetic = self.arithmetic_s(reach)
-        whole = needs.plan(min(needs.work))
+        reach, needs, least = self.reaches.usual, self.needs, self.needs.least_budget
+        arithmetic, whole = self.arithmetic_s(reach), needs.plan(min(needs.work))
         if arithmetic > tpot_s:
             return Wanted(tpot_s, None, 1.0, f"with all experts in RAM a token takes {1e3 * arithmetic:.0f} ms already")
         if not needs.streams or not needs.cold:
-            return Wanted(tpot_s, whole.total, 1.0, "all of the model is in RAM")
+            return Wanted(tpot_s, max(whole.total, least), 1.0, "all of the model is in RAM")
 
         def enough(residency: float) -> bool:
             return self.token_s(self.rates(residency).usual, flash, reach) <= tpot_s
@@ -267,21 +266,23 @@ class Planner:
         residency = max(_least(enough), needs.least_slots / needs.cold)
         slots = math.ceil(residency * needs.cold)
         found = needs.plan(min(needs.work), slots if residency < 1 else 0)
-        if found.total > whole.total:
+        if max(found.total, least) >= whole.total:
             found, residency = whole, 1.0
         rate = self.rates(residency).usual
-        return Wanted(tpot_s, found.total, residency, f"{residency:.0%} of the experts in RAM, {rate:.0%} found there")
+        says = f"{residency:.0%} of the experts in RAM, {rate:.0%} found there"
+        return Wanted(tpot_s, max(found.total, least), residency, says)
 
     def ladder(self, flash: Flash) -> list[tuple[int, float, float]]:
-        """Sizes of memory, the residency that each gives, and usual tokens a second."""
+        """Sizes of memory, the residency that each gives, and usual tokens a second; none that all experts fit too."""
         needs, reach, rungs = self.needs, self.reaches.usual, []
         if not needs.streams or not needs.cold:
             return []
         least = needs.least_slots / needs.cold
         for residency in sorted({least, *(share for share in (0.125, 0.25, 0.5, 0.75) if share > least), 1.0}):
             plan = needs.plan(min(needs.work), int(residency * needs.cold) if residency < 1 else 0)
-            rungs.append((plan.total, residency, 1 / self.token_s(self.rates(residency).usual, flash, reach)))
-        return rungs
+            n_bytes = max(plan.total, needs.least_budget)
+            rungs.append((n_bytes, residency, 1 / self.token_s(self.rates(residency).usual, flash, reach)))
+        return [rung for rung in rungs if rung is rungs[-1] or rung[0] < rungs[-1][0]]
 
 
 def _least(holds: Callable[[float], bool]) -> float:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from edgert.architectures import read_config
 from edgert.errors import OptionError
 from edgert.experts.profile import Profile
@@ -48,7 +46,7 @@ class PlanModel:
     @property
     def n_parameters(self) -> int:
         """Numbers in all tensors."""
-        return int(sum(np.prod(shape, dtype=np.int64) for shape in self.weights.shapes.values()))
+        return self.weights.n_parameters
 
     @property
     def file_bytes(self) -> int:

@@ -35,7 +35,7 @@ from edgert.profile_run import part_of, record_scores, run_chunks, tokens_meter
 from edgert.storage.aside import check_writable
 from edgert.storage.bundle import is_bundle
 from edgert.streaming import model_key
-from edgert.types import Ids
+from edgert.types import Ids, ModelConfig
 from edgert.weights import Progress
 from edgert.work_folder import locked_work
 
@@ -65,6 +65,11 @@ def default_out(model: str | Path | None) -> Path:
     path = resolve(model).absolute()
     name = f"{stem(path).removesuffix('.edge') if is_bundle(path) else stem(path)}.profile.npz"
     return Path(name) if path == resolve(None).absolute() else path.with_name(name)
+
+
+def chunk_of(config: ModelConfig, context: int | None) -> int:
+    """Tokens of a chunk of a model's text, with a context of so many (None: of as many as the model takes)."""
+    return min(CHUNK, context or CHUNK, config.n_context)
 
 
 def profile_model(
@@ -116,7 +121,7 @@ class _Run:
             if config.router is None:
                 raise OptionError(f"{self._path} has no experts to profile; name a Mixture-of-Experts model")
             self._digest, self._router = model_digest(file), config.router
-            self._chunk = min(CHUNK, runtime.get("context") or CHUNK, config.n_context)
+            self._chunk = chunk_of(config, runtime.get("context"))
             if self._chunk < 16:
                 raise OptionError(f"context={self._chunk} is too short to profile; use at least 16")
             self._corpora = (

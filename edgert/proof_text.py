@@ -38,30 +38,41 @@ def proof_text(profile: Profile, given: Chunks | None, name: str, *, selects: bo
     selects: whether there are attempts to choose from. OptionError for too little text, or text that was calibrated on.
     """
     kept, select, seen = held_out_chunks(profile), Chunks(), 0
+    chooses = selects and len(kept) >= _LEAST  # what was kept back, where a text is given
     if given:
-        unseen = _unseen(given, profile, name)
+        unseen = _unseen(given, profile, kept if chooses else [], name)
         seen, given = len(given) - len(unseen), unseen
     prove = kept if given is None else given
-    if given is not None:
-        select = kept if len(kept) >= _LEAST else []
+    if given is not None and chooses:
+        select = kept
     if selects and not select:
         select, prove = prove[::2], prove[1::2]
-    least = FEWEST if selects and (given is None or len(kept) < _LEAST) else _LEAST
-    if min(len(prove), len(select) if selects else _LEAST) < _LEAST:
-        n, why = len(kept if given is None else given), "half chooses, half proves" if least > _LEAST else "for a proof"
-        if given is not None:
-            raise OptionError(
-                f"{name} has {_chunks(n)} of {profile.chunk} tokens, and it takes {least} ({why}); give more text"
-            )
+    halves = selects and (given is None or not chooses)
+    least = FEWEST if halves else _LEAST
+    if given is not None:
+        check_length(name, len(given), profile.chunk, least)
+    elif len(kept) < least:
         raise OptionError(
-            f"the profile kept back {_chunks(n)} of {profile.chunk} tokens, and it takes {least} ({why}); make it anew "
-            "with more text or a larger --held-out, or give --proof FILE"
+            f"the profile kept back {_chunks(len(kept))} of {profile.chunk} tokens, and it takes {least} "
+            f"({_why(least)}); make it anew with more text, --tokens or --held-out, or give --proof FILE"
         )
-    halved = ", the half that bits were not chosen by" if selects and (given is None or len(kept) < _LEAST) else ""
+    halved = ", the half that bits were not chosen by" if halves else ""
     capped = f", {_MOST} of {len(prove):,} chunks" if len(prove) > _MOST else ""
-    dropped = f", without {_chunks(seen)} that calibration has seen" if seen else ""
+    dropped = f", without {_chunks(seen)} that bits were calibrated on or chosen by" if seen else ""
     words = f"{name if given is not None else 'text that the profile kept back'}{dropped}{halved}{capped}"
     return ProofText(_spread(select) if selects else [], _spread(prove), words)
+
+
+def check_length(name: str, n: int, chunk: int, least: int = _LEAST) -> None:
+    """OptionError for a text of fewer than the least number of chunks."""
+    if n < least:
+        raise OptionError(
+            f"{name} has {_chunks(n)} of {chunk} tokens, and it takes {least} ({_why(least)}); give more text"
+        )
+
+
+def _why(least: int) -> str:
+    return "half chooses, half proves" if least > _LEAST else "for a proof"
 
 
 def _chunks(n: int) -> str:
@@ -79,16 +90,17 @@ def _spread(chunks: Chunks) -> Chunks:
     return [chunks[i * len(chunks) // n] for i in range(n)]
 
 
-def _unseen(chunks: Chunks, profile: Profile, name: str) -> Chunks:
-    """The chunks that calibration has not seen. OptionError where it has seen more of them all than is chance."""
+def _unseen(chunks: Chunks, profile: Profile, chosen_by: Chunks, name: str) -> Chunks:
+    """The chunks that neither calibration nor the choice has seen. OptionError where that is too little."""
     length = min(_WINDOW, profile.chunk - 1)
-    seen = np.concatenate([_windows(domain.tokens, length) for domain in profile.domains])
+    texts = [domain.tokens for domain in profile.domains] + [np.array(chunk, np.int32) for chunk in chosen_by]
+    seen = np.concatenate([_windows(text, length) for text in texts])
     asked = [_windows(chunk[1:], length)[::length] for chunk in chunks]  # BOS may be the first
     shares = [float(np.isin(windows, seen).mean()) for windows in asked]
     if (share := float(np.mean(shares))) > _MOST_KNOWN:
         raise OptionError(
-            f"{name} proves nothing: {share:.0%} of it is in the text that the profile was calibrated on; give another "
-            "--proof FILE"
+            f"{name} proves nothing: {share:.0%} of it is in the text that bits are calibrated on or chosen by; give "
+            "another --proof FILE"
         )
     return [chunk for chunk, share in zip(chunks, shares, strict=True) if share <= _MOST_KNOWN]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,8 @@ def loss(subject: Subject, found: Loss, measured: Proof | None) -> Section:
     )
     note = (
         f"Expected from the error that {sensitivity.quantiser} makes in the output of each expert, and from {does}. "
-        "Packing measures the result on text that was kept back."
+        "That is their divergence from the source: perplexity rises by as much on text that the model is as sure of as "
+        "it should be, on other text by more or less. Packing measures the result on text that was kept back."
     )
     says = _about_loss(subject, found, n_weights)
     return Section("loss", "What fewer bits cost", says, _draw_loss(found, measured), note, more=[table])
@@ -141,7 +143,8 @@ def proof(measured: Proof, expected: Point | None) -> Section:
     )
     says += ", too little to be told from none. " if within else ". "
     if expected is not None:
-        says += f"Expected were {rise(expected.increase)}. "
+        was = math.log1p(expected.increase)
+        says += f"The divergence is {found.kl:.2g} nats a token, and {was:.2g} were expected. "
     says += f"The likeliest next token is the same {per_cent(found.top1)} of the time."
     rows = [[name, words] for name, words in measured.words().items()]
     return Section(

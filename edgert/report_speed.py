@@ -106,7 +106,7 @@ def what_if(subject: Subject, found: Report, machine: Machine, rates: Sequence[f
 def _process_bytes(subject: Subject, slots: int) -> int | None:
     """What --memory has to be for an expert buffer of `slots` bytes, or (0) with all experts in RAM."""
     needed = subject.needs
-    return None if needed is None else needed.plan(min(needed.work), slots).total
+    return None if needed is None else max(needed.plan(min(needed.work), slots).total, needed.least_budget)
 
 
 def enough(rows: Sequence[Row], column: int, memory: int | None) -> Row:

@@ -27,12 +27,12 @@ class TileStore:
     """A folder of tiles; `header` says what they were made from and how. Raises OSError."""
 
     def __init__(self, folder: Path, header: Any) -> None:
-        self.folder, wanted = folder, json.dumps(header, sort_keys=True)
+        self.folder, self.header = folder, json.dumps(header, sort_keys=True)
         found = folder / _HEADER
-        if folder.exists() and not (found.exists() and found.read_text() == wanted):
+        if folder.exists() and not (found.exists() and found.read_text() == self.header):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(found, wanted.encode())
+        write_aside(found, self.header.encode())
 
     def has(self, place: Place, name: str) -> bool:
         """Whether the tiles of a place were made under a name: that of their format, and more."""

@@ -5,6 +5,7 @@ Every tensor of the file must be asked for by somebody: one that is left over co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -315,6 +316,12 @@ class Weights:
         if self.config.embedding_scale != 1.0:
             embeddings = embeddings * np.float32(self.config.embedding_scale)
         return embeddings
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in all tensors; a bundle's table that is its head too counts once."""
+        tied = isinstance(self.file, Bundle) and self.file.manifest.model.get("tied") is True
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if not (tied and name == EMBEDDING))
 
     def table_type(self) -> Type:
         """The ggml type of the rows of the embedding table that a bundle has."""

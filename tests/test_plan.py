@@ -189,6 +189,15 @@ def test_a_dense_model_has_no_flash_in_its_plan() -> None:
     assert math.isclose(1 / plan.main.tokens_per_s.usual, plan.main.arithmetic_s)
 
 
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", str(golden_path("qwen3moe-f32"))])
+def test_every_memory_that_a_plan_names_runs_and_holds_less_than_all(name: str) -> None:
+    plan = planned(name, tpot=1.0)
+    least = Planner(plan.model, plan.board, plan.request, usual_hits(plan.model.name)).needs.least_budget
+    memories = [n_bytes for n_bytes, _, _ in plan.ladder]
+    assert memories == sorted(set(memories)) and memories[0] >= least and plan.ladder[-1][1] == 1.0
+    assert plan.wanted is not None and plan.wanted.bytes is not None and plan.wanted.bytes >= least
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 def run(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["plan", *arguments])

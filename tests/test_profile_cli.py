@@ -114,7 +114,8 @@ def test_what_quantising_costs_is_said(run: Run, tmp_path: Path) -> None:
     code, out, err = run("m.gguf", "--context", 64, "--threads", 1, "--tokens", 128, "--corpus", "t.txt")
     assert code == 0, err
     assert out.splitlines()[-2:] == [
-        "expected rise of perplexity: 0.40% with 4 bits, 1.61% with 3 bits for all experts (gptq)",
+        "expected divergence from the source, nats a token: 0.004 with 4 bits, 0.016 with 3 bits for all experts "
+        "(gptq)",
         "what costs most of it: layers 0 (75%), 1 (25%); gate 25%, up 25%, down 50%",
     ]
     errors[:, :, 2] = np.inf
@@ -122,8 +123,8 @@ def test_what_quantising_costs_is_said(run: Run, tmp_path: Path) -> None:
     code, out, err = run("m.gguf", "--context", 64, "--threads", 1, "--tokens", 128, "--corpus", "t.txt")
     assert code == 0, err
     assert out.splitlines()[-2:] == [
-        "expected rise of perplexity: 0.20% with 4 bits, 0.80% with 3 bits for all experts (gptq), down left as in the "
-        "source, for no format fits",
+        "expected divergence from the source, nats a token: 0.002 with 4 bits, 0.008 with 3 bits for all experts "
+        "(gptq), down left as in the source, for no format fits",
         "what costs most of it: layers 0 (75%), 1 (25%); gate 50%, up 50%",
     ]
     code, out, err = run("m.gguf", "--context", 64, "--tokens", 128, "--corpus", "t.txt", "--quantiser", "rtn")

@@ -81,7 +81,7 @@ def test_chunks_that_were_calibrated_on_are_left_out_of_a_text() -> None:
     known, fresh = profile(4), np.random.default_rng(9).integers(0, 4000, (19, CHUNK)).tolist()
     seen = known.domains[0].tokens[5 : 5 + CHUNK].tolist()
     found = proof_text(known, [*fresh[:7], seen, *fresh[7:]], "a.txt", selects=True)
-    assert found.prove == fresh and found.name == "a.txt, without 1 chunk that calibration has seen"
+    assert found.prove == fresh and found.name == "a.txt, without 1 chunk that bits were calibrated on or chosen by"
 
 
 def test_a_long_text_is_measured_on_some_of_its_chunks_evenly_spread() -> None:

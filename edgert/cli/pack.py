@@ -118,8 +118,9 @@ def pack(
             options.pop("memory")
         check_goal(target, goal.as_document())
         with _telling_what_is_kept(target):
-            found = profile_for(source, target, profile, report, options)
-            request = Request(source, target, found, goal, text, str(proof or ""), dask, options)
+            name = str(proof or "")
+            found = profile_for(source, target, profile, goal, report, text=text, text_name=name, options=options)
+            request = Request(source, target, found, goal, text, name, dask, options)
             packed = pack_bits(request, report)
     _show_bits(packed, json)
 
@@ -159,6 +160,7 @@ def _pack_as_it_is(source: Path, out: Path | None, profile: Path | None, json: b
     with reporting("packing") as report:
         from edgert.pack import default_out, pack_model
         from edgert.pack_place import part_of
+        from edgert.work_folder import work_of
 
         found = None
         if profile is not None:
@@ -171,6 +173,8 @@ def _pack_as_it_is(source: Path, out: Path | None, profile: Path | None, json: b
             if (part := part_of(out or default_out(source))).exists():
                 output.note(f"stopped; {part} is kept: pack again to go on, or remove it")
             raise
+        if (work := work_of(packed.path)).exists():
+            output.note(f"{work} is left of a pack with bits of its own, which this is not: remove it")
     if json:
         output.write_json(_document(packed))
     else:

@@ -38,7 +38,8 @@ HeldOut = Annotated[
     typer.Option(
         "--held-out",
         metavar="SHARE",
-        help="Keep back this share of each text, or 16 chunks in sum if there is text, to prove on. 0 keeps none.",
+        help="Keep back this share of each text to prove on, at most as much as is calibrated on, and 16 chunks in sum "
+        "if there is text. 0 keeps none.",
     ),
 ]
 Quantiser = Annotated[
@@ -250,7 +251,7 @@ def _about(profile: Profile) -> dict[str, Any]:
 
 
 def _costs(found: Sensitivity) -> dict[str, Any]:
-    """What quantising costs: the expected rise of perplexity with all experts at a width, and where it comes from.
+    """What quantising costs: nats a token of divergence expected with all experts at a width, and where it comes from.
 
     By the format of each width that loses least. layers, projections: shares of that at the smallest width. kept: the
     projections that no format fits, which stay as in the source and cost nothing.
@@ -263,14 +264,14 @@ def _costs(found: Sensitivity) -> dict[str, Any]:
     losses, widths = found.loss().astype(np.float64), [FORMATS[name].bits for name in found.formats]
     fits = np.isfinite(losses.sum(axis=(0, 1))).any(axis=1)
     losses[:, :, ~fits] = 0
-    shares, rises = dict[str, Any](), dict[str, float]()
+    shares, divergence = dict[str, Any](), dict[str, float]()
     for width in (4, 3):
         totals = [losses[..., place].sum() if bits == width else np.inf for place, bits in enumerate(widths)]
         best = int(np.argmin(totals))
         if not np.isfinite(totals[best]):
             continue
         total, loss = max(float(totals[best]), 1e-30), losses[..., best]
-        rises[str(width)] = math.expm1(total) if total < 100 else math.inf
+        divergence[str(width)] = total
         by_layer, by_projection = loss.sum(axis=(1, 2)) / total, loss.sum(axis=(0, 1)) / total
         shares = {
             "layers": {
@@ -279,7 +280,7 @@ def _costs(found: Sensitivity) -> dict[str, Any]:
             "projections": dict(zip(PROJECTIONS, by_projection.tolist(), strict=True)),
         }
     kept = [name for name, fit in zip(PROJECTIONS, fits.tolist(), strict=True) if not fit]
-    return {"measured": found.is_measured, "rise": rises, **shares, "kept": kept}
+    return {"measured": found.is_measured, "divergence": divergence, **shares, "kept": kept}
 
 
 def _mean(row: Any) -> float | None:
@@ -339,10 +340,13 @@ def _show_about(about: dict[str, Any]) -> None:
             f"errors of experts are measured ({about['sensitivity']}), what they cost is not, as not all experts were "
             "in RAM: all layers are taken to be alike\n"
         )
-    elif costs and costs["rise"]:
-        rises = ", ".join(f"{rise:.2%} with {width} bits" for width, rise in costs["rise"].items())
+    elif costs and costs["divergence"]:
+        found = ", ".join(f"{nats:.2g} with {width} bits" for width, nats in costs["divergence"].items())
         kept = f", {' and '.join(costs['kept'])} left as in the source, for no format fits" if costs["kept"] else ""
-        output.write(f"expected rise of perplexity: {rises} for all experts ({about['sensitivity']}){kept}\n")
+        output.write(
+            f"expected divergence from the source, nats a token: {found} for all experts ({about['sensitivity']})"
+            f"{kept}\n"
+        )
         layers = ", ".join(f"{layer} ({share:.0%})" for layer, share in costs["layers"].items())
         shares = [(name, share) for name, share in costs["projections"].items() if name not in costs["kept"]]
         parts = ", ".join(f"{name} {share:.0%}" for name, share in shares)
