@@ -70,7 +70,11 @@ class Sizes:
         problem = self.problem(profile)
         least = problem.smallest()
         if goal.n_bytes is not None:
-            problem.smallest_within(goal.n_bytes, self.beside(profile, least.bits))
+            try:
+                problem.smallest_within(goal.n_bytes, self.beside(profile, least.bits))
+            except OptionError as error:
+                besides = "" if profile is not None else ", and room for the profile that is to be made"
+                raise OptionError(f"{error}{besides}") from None
             return
         bits = math.ceil(800 * least.n_bytes / problem.n_weights) / 100
         if goal.bits_per_weight is not None and goal.bits_per_weight < bits:

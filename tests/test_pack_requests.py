@@ -88,7 +88,8 @@ def test_what_no_profile_would_help_is_refused_before_one_is_made(
     monkeypatch.setattr(pack_request, "profile_model", None)  # called, it would be no OptionError
     out, text = tmp_path / "m.edge", tmp_path / "short.txt"
     text.write_text("too little")
-    assert "--size 20KiB is too small" in refused(model, out, "--size", "20KiB").replace("20,480B", "20KiB")
+    said = refused(model, out, "--size", "20KiB")
+    assert "--size 20,480B is too small" in said and "B or more, and room for the profile that is to be made" in said
     assert "--size 1.6bpw is below" in refused(model, out, "--size", "1.6bpw")
     assert "short.txt has 0 chunks of 128 tokens" in refused(model, out, "--loss", "2%", "--proof", text)
     speed = "--loss", "2%", "--objective", "speed", "--memory"
