@@ -143,8 +143,10 @@ def proof(measured: Proof, expected: Point | None) -> Section:
     )
     says += ", too little to be told from none. " if within else ". "
     if expected is not None:
-        was = math.log1p(expected.increase)
-        says += f"The divergence is {found.kl:.2g} nats a token, and {was:.2g} were expected. "
+        says += (
+            f"The divergence is {1e3 * found.kl:.3g} thousandths of a nat a token, rounded activations and hot weights "
+            f"in it; {1e3 * math.log1p(expected.increase):.2g} were expected from the experts' bits alone. "
+        )
     says += f"The likeliest next token is the same {per_cent(found.top1)} of the time."
     rows = [[name, words] for name, words in measured.words().items()]
     return Section(
