@@ -14,6 +14,7 @@ import command_line
 import fake_model
 import pytest
 from command_line import program
+from rich.console import Console
 
 from edgert.cli import inspect, options, output
 from edgert.sampling import Sampling
@@ -314,3 +315,20 @@ def test_sizes():
 
 def test_a_bias_is_parsed():
     assert options.parse_bias(["1=2", "3=-inf", "4= -0.5"]) == {1: 2.0, 3: -math.inf, 4: -0.5}
+
+
+def test_a_note_stands_on_a_line_of_its_own_above_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+
+    def console(*, stderr: bool = False) -> Console:
+        return Console(file=written, force_terminal=True, width=60, markup=False, color_system=None)
+
+    monkeypatch.setattr(output, "console", console)
+    with output.progress("working", live=False) as report:
+        report("half of it", 0.5)
+        output.note("what is done is kept")
+        report("the rest", 0.9)
+    output.note("and after it")
+    before, _, after = written.getvalue().partition("what is done is kept")
+    assert before.endswith("\r\x1b[2K") and after.startswith("\n") and "the rest" in after
+    assert after.endswith("\r\x1b[1A\x1b[2Kand after it\n")

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ _DERIVED = ("tokens_per_s", "hit_rate", "flash_wait_share")  # of a usage, besid
 
 # What ends a command, or a turn of a chat, in one line; want of memory shows as any of the last four.
 FAILURES = (KeyboardInterrupt, EdgertError, OSError, MemoryError, SystemError, ImportError)
+
+_with_bar: ContextVar[Console | None] = ContextVar("_with_bar", default=None)  # the console that a bar is drawn on
 
 # ESC and its kin would let a model's text drive the terminal
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -77,9 +80,9 @@ def _plain(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """A remark for the person, on stderr."""
+    """A remark for the person, on stderr; above a bar, where there is one."""
     with contextlib.suppress(OSError):
-        console(stderr=True).print(text, style="dim")
+        (_with_bar.get() or console(stderr=True)).print(text, style="dim")
 
 
 def error(message: object) -> None:
@@ -151,8 +154,11 @@ def progress(first: str, *, live: bool = True) -> Iterator[Callable[[str, float]
     stage_column = TextColumn("{task.description}", markup=False)
     columns = (stage_column, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen, transient=True, auto_refresh=live) as bar:
-        task = bar.add_task(first, total=1.0)
-        yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction, refresh=True)
+        task, before = bar.add_task(first, total=1.0), _with_bar.set(screen)
+        try:
+            yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction, refresh=True)
+        finally:
+            _with_bar.reset(before)
 
 
 @contextlib.contextmanager
