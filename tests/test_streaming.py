@@ -150,7 +150,8 @@ def test_the_embedded_model_too(
     with Host(embedded, threads=threads) as host:
         experts = check(host, resident(resolve(None)), chunk, policy=policy, mode=mode, share=share)
     counts = experts.residency.counts
-    assert counts.expert_hits > 0 and (counts.expert_misses > 0 or share == 1)
+    # At the floor there are three places, and sixty experts pass until a layer comes again: finding one is an accident.
+    assert (counts.expert_hits > 0 or share == 0) and (counts.expert_misses > 0 or share == 1)
     assert (counts.prefetch_useful + counts.prefetch_late > 0) == (mode != "off")
 
 
